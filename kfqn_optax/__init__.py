@@ -1,0 +1,33 @@
+"""Kronecker-factored quasi-Newton optimizers for Flax models, as Optax transformations."""
+
+from kfqn_optax._alias import kbfgs as kbfgs
+from kfqn_optax._alias import kbfgs_l as kbfgs_l
+from kfqn_optax._alias import kfac as kfac
+from kfqn_optax._alias import kfqn as kfqn
+from kfqn_optax._bfgs import bfgs as bfgs
+from kfqn_optax._capture import Curvature as Curvature
+from kfqn_optax._capture import value_and_grad as value_and_grad
+from kfqn_optax._capture import without_slots as without_slots
+from kfqn_optax._damping import double_damping as double_damping
+from kfqn_optax._damping import dp_dlm as dp_dlm
+from kfqn_optax._diagnostics import diagnostics as diagnostics
+from kfqn_optax._diagonal import diagonal as diagonal
+from kfqn_optax._factor import InverseFactor as InverseFactor
+from kfqn_optax._find_layers import find_layers as find_layers
+from kfqn_optax._hessian_action import hessian_action as hessian_action
+from kfqn_optax._kfac import fisher as fisher
+from kfqn_optax._layers import Layer as Layer
+from kfqn_optax._layers import Layers as Layers
+from kfqn_optax._layers import join_layers as join_layers
+from kfqn_optax._lbfgs import lbfgs as lbfgs
+from kfqn_optax._minibatch_action import minibatch_action as minibatch_action
+from kfqn_optax._nnx import merge as merge
+from kfqn_optax._secant import secant as secant
+from kfqn_optax._side import Side as Side
+from kfqn_optax._tap import weights as weights
+from kfqn_optax._train_state import TrainState as TrainState
+from kfqn_optax._transform import ScaleByKfqnState as ScaleByKfqnState
+from kfqn_optax._transform import scale_by_kfqn as scale_by_kfqn
+from kfqn_optax._warm_start import warm_start as warm_start
+
+__version__ = "0.1.0"

@@ -1,0 +1,372 @@
+"""The optimizers that users name: short chains over ``scale_by_kfqn``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import optax
+
+from kfqn_optax._bfgs import bfgs
+from kfqn_optax._constants import check_constants
+from kfqn_optax._damping import double_damping, dp_dlm
+from kfqn_optax._diagonal import diagonal
+from kfqn_optax._factor import InverseFactor
+from kfqn_optax._hessian_action import hessian_action
+from kfqn_optax._kfac import fisher
+from kfqn_optax._layers import LONG_MEMORY, MAX_DIM, Layer, Layers
+from kfqn_optax._lbfgs import lbfgs
+from kfqn_optax._minibatch_action import minibatch_action
+from kfqn_optax._secant import DampingRule, secant
+from kfqn_optax._side import Side, identity
+from kfqn_optax._transform import scale_by_kfqn
+
+
+def kbfgs(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    damping: optax.ScalarOrSchedule = 0.3,
+    norm_constraint: float | None = 3.0,
+    momentum: float = 0.9,
+    decay: float = 0.9,
+    mu1: float = 0.2,
+    weight_decay: float = 0.0,
+    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    update_every: int = 1,
+    max_dim: int | None = None,
+    factor_dtype: Any = None,
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """K-BFGS: Kronecker-factored BFGS with Hessian-action and double damping.
+
+    For each layer with matrix W (kernel over bias) and averaged gradient M,
+    W <- W - learning_rate nu H_a M H_g, where H_a follows the inverse of A + sqrt(damping) I, A the
+    second moment of the layer's inputs, and H_g the inverse Hessian of the loss in its
+    pre-activations. All other parameters take the averaged gradient times nu.
+
+    With ``norm_constraint=None``, the other defaults and :func:`warm_start`, this is the algorithm of
+    the paper to the letter.
+
+    Args:
+      learning_rate: a number or a schedule.
+      layers: what :func:`find_layers` returned.
+      damping: lambda > 0, with l_A = l_G = mu2 = sqrt(lambda). A number or a schedule. In units of
+        the loss per squared unit of input; below 1 for the guarantees of double damping.
+      norm_constraint: kappa, in units of the loss, or None; the step is shortened by
+        nu = min(1, sqrt(kappa / (learning_rate^2 <M, H_a M H_g>))).
+      momentum: rate of M, an average of gradients from 0 without bias correction. The step length is
+        that of one gradient: about a tenth of what momentum as a sum of gradients would make it.
+      decay: rate of the averages of A, s and y. The paper uses 0 for full-batch training.
+      mu1: first constant of double damping, in (0, 1).
+      weight_decay: decoupled weight decay, as in ``optax.adamw``.
+      mask: which parameters are decayed, as in ``optax.add_decayed_weights``.
+      update_every: make the second pass and update both factors every this many steps.
+      max_dim: a side longer than this gets a factor of limited memory instead of a square one; None for
+        8192.
+      factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
+      precision: precision of the factor algebra, as in ``jax.default_matmul_precision``.
+
+    Returns:
+      A transformation whose ``update`` takes ``curvature=``.
+
+    Raises:
+      ValueError: for a constant out of its range, and while tracing ``update`` without ``curvature``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn, optax
+      >>> model, x = nn.Dense(1), jax.random.normal(jax.random.key(0), (64, 3))
+      >>> variables = model.init(jax.random.key(1), x)
+      >>> params, layers = variables["params"], kfqn.find_layers(model, variables, x)
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean((model.apply({"params": params}, x)[:, 0] - x.sum(1)) ** 2)
+      >>> value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+      >>> tx = kfqn.kbfgs(learning_rate=0.3, layers=layers)
+      >>> opt_state = tx.init(params)
+      >>> @jax.jit
+      ... def train_step(params, opt_state, x):
+      ...     loss, grads, curvature = value_and_grad(params, x)
+      ...     updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
+      ...     return optax.apply_updates(params, updates), opt_state, loss
+      >>> for _ in range(60):
+      ...     params, opt_state, loss = train_step(params, opt_state, x)
+      >>> bool(loss < 1e-3)
+      True
+
+    Source: Goldfarb, Ren, Bahamou, "Practical Quasi-Newton Methods for Training Deep Neural Networks",
+    NeurIPS 2020, Algorithm 3. The norm constraint is not in the paper.
+    """
+    return _chain(
+        learning_rate,
+        layers,
+        input_side=_hessian_action_side(decay, max_dim),
+        output_side=_secant_side(bfgs, double_damping, decay, mu1, max_dim),
+        weight_decay=weight_decay,
+        mask=mask,
+        damping=damping,
+        norm_constraint=norm_constraint,
+        momentum=momentum,
+        update_every=update_every,
+        factor_dtype=factor_dtype,
+        precision=precision,
+    )
+
+
+def kbfgs_l(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    memory: int = 100,
+    limited_inputs: bool = False,
+    damping: optax.ScalarOrSchedule = 0.3,
+    norm_constraint: float | None = 3.0,
+    momentum: float = 0.9,
+    decay: float = 0.9,
+    mu1: float = 0.2,
+    weight_decay: float = 0.0,
+    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    update_every: int = 1,
+    max_dim: int | None = None,
+    factor_dtype: Any = None,
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """K-BFGS(L): :func:`kbfgs` with a limited-memory H_g, from the last ``memory`` damped pairs.
+
+    Args:
+      learning_rate: a number or a schedule.
+      layers: what :func:`find_layers` returned.
+      memory: how many pairs H_g is made of.
+      limited_inputs: make H_a of limited memory too, with the minibatch action of :func:`kfqn`, so that
+        no square factor is stored at all.
+      damping, norm_constraint, momentum, decay, mu1, weight_decay, mask, update_every, max_dim,
+        factor_dtype, precision: as for :func:`kbfgs`.
+
+    Returns:
+      A transformation whose ``update`` takes ``curvature=``.
+
+    Raises:
+      ValueError: for a constant out of its range, and while tracing ``update`` without ``curvature``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> model, x = nn.Dense(2), jnp.ones((8, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> tx = kfqn.kbfgs_l(0.3, kfqn.find_layers(model, variables, x), memory=5)
+      >>> tx.init(variables["params"])[0].outputs["."].factor.s.shape
+      (5, 2)
+
+    Source: Goldfarb, Ren, Bahamou 2020, K-BFGS(L). ``limited_inputs`` is not in the paper.
+    """
+    limited = lbfgs(memory)
+    if limited_inputs:
+        input_side = _minibatch_action_side(limited, decay, max_dim)
+    else:
+        input_side = _hessian_action_side(decay, max_dim)
+    return _chain(
+        learning_rate,
+        layers,
+        input_side=input_side,
+        output_side=_secant_side(limited, double_damping, decay, mu1, max_dim),
+        weight_decay=weight_decay,
+        mask=mask,
+        damping=damping,
+        norm_constraint=norm_constraint,
+        momentum=momentum,
+        update_every=update_every,
+        factor_dtype=factor_dtype,
+        precision=precision,
+    )
+
+
+def kfqn(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    damping: optax.ScalarOrSchedule = 0.3,
+    norm_constraint: float | None = 3.0,
+    momentum: float = 0.9,
+    decay: float = 0.9,
+    mu1: float = 0.2,
+    weight_decay: float = 0.0,
+    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    update_every: int = 1,
+    max_dim: int | None = None,
+    factor_dtype: Any = None,
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """KF-QN: the cheaper variant, for convolutions and wide layers; no A is formed or stored.
+
+    As :func:`kbfgs`, with the minibatch Hessian-action for H_a, and D_P D_LM damping for H_g. For a
+    convolution with T positions the damping is split as l_A = sqrt(damping T), l_G = sqrt(damping / T),
+    with A summed and the gradient averaged over positions as in the paper.
+
+    Args:
+      learning_rate: a number or a schedule.
+      layers: what :func:`find_layers` returned.
+      damping: lambda > 0, without an upper limit here. A number or a schedule.
+      norm_constraint, momentum, decay, mu1, weight_decay, mask, update_every, max_dim, factor_dtype,
+        precision: as for :func:`kbfgs`.
+
+    Returns:
+      A transformation whose ``update`` takes ``curvature=``.
+
+    Raises:
+      ValueError: for a constant out of its range, and while tracing ``update`` without ``curvature``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> model, x = nn.Conv(2, (3, 3)), jnp.ones((8, 6, 6, 1))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> tx = kfqn.kfqn(0.1, kfqn.find_layers(model, variables, x), update_every=5)
+      >>> tx.init(variables["params"])[0].inputs["."].factor.shape
+      (10, 10)
+
+    Source: Ren, Bahamou, Goldfarb 2021, arXiv 2102.06737. The norm constraint is not in the paper.
+    """
+    return _chain(
+        learning_rate,
+        layers,
+        input_side=_minibatch_action_side(bfgs, decay, max_dim),
+        output_side=_secant_side(bfgs, dp_dlm, decay, mu1, max_dim),
+        weight_decay=weight_decay,
+        mask=mask,
+        damping=damping,
+        norm_constraint=norm_constraint,
+        momentum=momentum,
+        update_every=update_every,
+        factor_dtype=factor_dtype,
+        precision=precision,
+    )
+
+
+def kfac(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    damping: optax.ScalarOrSchedule = 0.3,
+    norm_constraint: float | None = 3.0,
+    momentum: float = 0.9,
+    decay: float = 0.9,
+    inverse_every: int = 20,
+    weight_decay: float = 0.0,
+    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    max_dim: int | None = None,
+    factor_dtype: Any = None,
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """KFAC, for comparison, on the same capture: H_a = (A + l I)^-1 and H_g = (G + l I)^-1.
+
+    G is the second moment of per-example pre-activation gradients: of labels drawn from the model if
+    ``value_and_grad`` was given ``sampled_loss`` (the Fisher matrix), of the data's labels otherwise (the
+    empirical Fisher matrix). A convolution, and inputs longer than ``max_dim``, get the diagonal of A;
+    outputs longer than ``max_dim`` get no H_g.
+
+    Args:
+      learning_rate: a number or a schedule.
+      layers: what :func:`find_layers` returned.
+      damping: lambda > 0, l = sqrt(lambda). A number or a schedule.
+      inverse_every: steps from one computation of the inverses to the next; they are also computed in
+        each of that many first steps.
+      norm_constraint, momentum, decay, weight_decay, mask, max_dim, factor_dtype, precision: as for
+        :func:`kbfgs`.
+
+    Returns:
+      A transformation whose ``update`` takes ``curvature=``.
+
+    Raises:
+      ValueError: for a constant out of its range, and while tracing ``update`` without ``curvature``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> model, x = nn.Dense(2), jnp.ones((8, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> tx = kfqn.kfac(0.3, kfqn.find_layers(model, variables, x), inverse_every=10)
+      >>> tx.init(variables["params"])[0].outputs["."].factor.shape
+      (2, 2)
+
+    Source: Martens, Grosse 2015, arXiv 1503.05671.
+    """
+    limit = _limit(max_dim)
+    moments = [lambda statistics: statistics.second_moment, lambda statistics: statistics.grad_moment]
+    of_inputs, of_grads = (fisher(moment, decay, inverse_every) for moment in moments)
+    long_inputs, long_outputs = diagonal(decay), identity()
+
+    def input_side(layer: Layer) -> Side:
+        return of_inputs if layer.has_second_moment and layer.rows <= limit else long_inputs
+
+    def output_side(layer: Layer) -> Side:
+        has_moment = "grad_moment" in layer.slot_shapes
+        return of_grads if has_moment and layer.out_dim <= limit else long_outputs
+
+    return _chain(
+        learning_rate,
+        layers,
+        input_side=input_side,
+        output_side=output_side,
+        weight_decay=weight_decay,
+        mask=mask,
+        damping=damping,
+        norm_constraint=norm_constraint,
+        momentum=momentum,
+        update_every=1,
+        factor_dtype=factor_dtype,
+        precision=precision,
+    )
+
+
+def _limit(max_dim: int | None) -> int:
+    check_constants(max_dim=max_dim)
+    return MAX_DIM if max_dim is None else int(max_dim)
+
+
+def _hessian_action_side(decay: float, max_dim: int | None) -> Callable[[Layer], Side]:
+    limit = _limit(max_dim)
+    dense, other = hessian_action(decay), _minibatch_action_side(bfgs, decay, max_dim)
+
+    def side(layer: Layer) -> Side:
+        return dense if layer.has_second_moment and layer.rows <= limit else other(layer)
+
+    return side
+
+
+def _minibatch_action_side(
+    factor: InverseFactor, decay: float, max_dim: int | None
+) -> Callable[[Layer], Side]:
+    limit = _limit(max_dim)
+    short, long = minibatch_action(factor), minibatch_action(lbfgs(LONG_MEMORY))
+    counts = diagonal(decay)
+
+    def side(layer: Layer) -> Side:
+        if layer.kind == "Embed":
+            return counts
+        return short if layer.rows <= limit else long
+
+    return side
+
+
+def _secant_side(
+    factor: InverseFactor, rule: DampingRule, decay: float, mu1: float, max_dim: int | None
+) -> Callable[[Layer], Side]:
+    limit = _limit(max_dim)
+    short, long = (secant(f, rule, decay, mu1) for f in (factor, lbfgs(LONG_MEMORY)))
+    return lambda layer: short if layer.out_dim <= limit else long
+
+
+def _chain(
+    learning_rate: optax.ScalarOrSchedule,
+    layers: Layers,
+    *,
+    weight_decay: float,
+    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None,
+    **settings: Any,
+) -> optax.GradientTransformationExtraArgs:
+    if isinstance(learning_rate, Layers):
+        raise TypeError(
+            "kfqn: learning_rate is a Layers, but it must be a float or a schedule; the layers that"
+            " kfqn.find_layers returns come second."
+        )
+    check_constants(learning_rate=learning_rate)
+    return optax.chain(
+        scale_by_kfqn(layers, probe_step=learning_rate, **settings),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

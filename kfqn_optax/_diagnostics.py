@@ -1,0 +1,73 @@
+"""What a user plots: how each layer's factors are doing."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._nnx import as_arrays
+from kfqn_optax._transform import ScaleByKfqnState, map_states
+
+
+def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
+    """Numbers about the optimizer's last step and its pairs so far; may be called under ``jax.jit``.
+
+    Args:
+      opt_state: an optimizer state with one kfqn_optax state anywhere in it; ``optimizer.opt_state`` of
+        an ``nnx.Optimizer``.
+
+    Returns:
+      A dictionary of
+
+      * ``"count"``: updates made, ``"rejected"``: those that were left out because a number was not
+        finite;
+      * ``"cap"``: nu of the norm constraint in the last update, 1 if it was not active and 0 if the
+        update was left out;
+      * ``"layers"``: for each layer name ``{"input": ..., "output": ...}``, each with ``"taken"``,
+        ``"damped"`` and ``"skipped"`` (numbers of pairs), ``"ratio"`` (s^T y / y^T H y of the last
+        pair before damping) and ``"norm"`` (Frobenius norm of the factor's arrays). Layers with
+        stacked copies have one number for each.
+
+    Raises:
+      ValueError: if there is no kfqn_optax state in ``opt_state``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> model, x = nn.Dense(2), jnp.ones((8, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> opt_state = kfqn.kbfgs(0.3, kfqn.find_layers(model, variables, x)).init(variables["params"])
+      >>> kfqn.diagnostics(opt_state)["layers"]["."]["output"]["taken"]
+      Array(0, dtype=int32)
+    """
+    found: list[ScaleByKfqnState] = []
+
+    def collect(state: ScaleByKfqnState) -> ScaleByKfqnState:
+        found.append(state)
+        return state
+
+    map_states(collect, as_arrays(opt_state), "kfqn.diagnostics")
+    layers: dict[str, Any] = {}
+    for state in found:  # several with optax.partition, each for its own layers
+        for name in state.inputs:
+            layers[name] = {
+                "input": _side(state.inputs[name]),
+                "output": _side(state.outputs[name]),
+            }
+    first = found[0]
+    return {"count": first.count, "rejected": first.rejected, "cap": first.cap, "layers": layers}
+
+
+def _side(side: Any) -> dict[str, jax.Array]:
+    copies = side.pairs.ratio.ndim
+    squares = [
+        jnp.square(leaf).sum(tuple(range(copies, leaf.ndim))) for leaf in jax.tree.leaves(side.factor)
+    ]
+    taken, damped, skipped = jnp.moveaxis(side.pairs.counts, -1, 0)
+    return {
+        "taken": taken,
+        "damped": damped,
+        "skipped": skipped,
+        "ratio": side.pairs.ratio,
+        "norm": jnp.sqrt(sum(squares[1:], start=squares[0])),
+    }

@@ -1,0 +1,82 @@
+"""What an inverse factor is, and how a pair is taken into one without harm."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._numerics import all_finite, safe_divide, select
+
+
+class InverseFactor(NamedTuple):
+    """A symmetric positive definite approximation H of an inverse, learnt from pairs; pure functions.
+
+    Attributes:
+      init: ``init(dim, dtype, scale) -> state``, for H = scale I.
+      update: ``update(state, s, y) -> state``, after which H y = s. Only called with s^T y > 0.
+      apply: ``apply(state, x) -> H x`` for x of shape (dim,) or (dim, k).
+    """
+
+    init: Callable[[int, Any, chex.Numeric], Any]
+    update: Callable[[Any, jax.Array, jax.Array], Any]
+    apply: Callable[[Any, jax.Array], jax.Array]
+
+
+class PairCounts(NamedTuple):
+    """What became of the pairs offered to one factor.
+
+    Attributes:
+      counts: how many were taken; how many of those a damping rule changed first; how many were
+        skipped, which leaves the factor as it was, because a number was not finite or s^T y not
+        positive enough. (3,).
+      ratio: s^T y / y^T H y of the last pair, before damping; 1 if H was right along y already.
+    """
+
+    counts: jax.Array
+    ratio: jax.Array
+
+
+def no_pairs(dtype: Any) -> PairCounts:
+    return PairCounts(jnp.zeros(3, jnp.int32), jnp.ones([], dtype))
+
+
+def take_pair(
+    factor: InverseFactor,
+    state: Any,
+    pairs: PairCounts,
+    pair: tuple[jax.Array, jax.Array],
+    gate: jax.Array,
+    valid: jax.Array,
+    rule: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
+) -> tuple[Any, PairCounts]:
+    """Update a factor with a pair, or leave it as it was.
+
+    The pair is skipped unless s^T y > 0, s^T y > 1e-4 s^T s ||gate||, the new state is finite, and
+    ``valid``. Source: the authors' program of Goldfarb, Ren, Bahamou 2020.
+
+    Args:
+      factor: the kind of factor.
+      state: its state.
+      pairs: counts so far.
+      pair: (s, y), each of shape (d,).
+      gate: the vector of the second condition. (d,).
+      valid: whether the pair was measured at all.
+      rule: damping ``rule(s, y, H y) -> (s, y)``, or None.
+    """
+    s, y = pair
+    hy = factor.apply(state, y)
+    undamped = s @ y
+    ratio = safe_divide(undamped, y @ hy)
+    if rule is not None:
+        s, y = rule(s, y, hy)
+    sy = s @ y
+    enough = (sy > 0) & (sy > 1e-4 * (s @ s) * jnp.linalg.norm(gate))
+    candidate = factor.update(state, s, y)
+    take = valid & enough & all_finite(candidate)
+    outcome = jnp.stack([take, take & (sy != undamped), ~take])
+    pairs = PairCounts(
+        counts=pairs.counts + outcome, ratio=jnp.where(jnp.isfinite(ratio), ratio, pairs.ratio)
+    )
+    return select(take, candidate, state), pairs

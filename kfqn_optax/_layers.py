@@ -1,0 +1,386 @@
+"""Static facts about a model's layers, and the way between parameters and one matrix per layer.
+
+Every layer has one matrix W of shape ``(*copies, d_in [+ 1], d_out)``: its kernel, inputs before outputs,
+over its bias where it has one. ``copies`` are the axes over which a lifted transformation (``nn.scan``,
+``nn.vmap``) stacked independent copies of the layer, and the groups of a grouped kernel; they come first
+here, wherever the layer keeps them.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import rich.box
+import rich.console
+import rich.table
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer that the optimizer preconditions.
+
+    Attributes:
+      path: where its parameters live in the parameter tree.
+      kind: the Flax layer it is, for example ``"Dense"``.
+      groups: how many independent groups of inputs and outputs the kernel has, as in a grouped
+        convolution.
+      in_dim: d_in, the length of an input row of one group (without the 1 that stands for the bias).
+      out_dim: d_out, the length of an output row of one group.
+      use_bias: whether the layer adds a bias.
+      positions: T, at how many places a convolution applies its kernel to one example; 1 otherwise.
+      stack: lengths of the axes over which independent copies of the layer are stacked.
+      kernel_axes, bias_axes, slot_axes: where those axes are in the kernel, the bias and the slot.
+      kernel_name: the name of the kernel among the layer's parameters.
+      kernel_split: the shape of one copy of the kernel with groups on an axis of their own.
+      kernel_order: the order of its axes that puts groups first, then inputs, then outputs.
+      bias_order: the same for the bias: groups first, then outputs.
+      kernel_shape, bias_shape: shapes of the parameters, stacked axes included.
+      slot_shapes: shapes of the slot's leaves, stacked axes included (see ``_tap.py``).
+      dtype: dtype of the statistics and factors, float32 or wider.
+    """
+
+    path: Path
+    kind: str
+    groups: int
+    in_dim: int
+    out_dim: int
+    use_bias: bool
+    positions: int
+    stack: tuple[int, ...]
+    kernel_axes: tuple[int, ...]
+    bias_axes: tuple[int, ...]
+    slot_axes: tuple[int, ...]
+    kernel_name: str
+    kernel_split: tuple[int, ...]
+    kernel_order: tuple[int, ...]
+    bias_order: tuple[int, ...]
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None
+    slot_shapes: Mapping[str, tuple[int, ...]]
+    dtype: jnp.dtype
+
+    @property
+    def name(self) -> str:
+        """The path as one string, the key of this layer in every state and report."""
+        return "/".join(self.path) or "."
+
+    @property
+    def rows(self) -> int:
+        """Length of a homogeneous input, d_in + 1 with a bias and d_in without."""
+        return self.in_dim + self.use_bias
+
+    @property
+    def copies(self) -> tuple[int, ...]:
+        """Axes of independent matrices: the stacked ones, and the groups if there are several."""
+        return self.stack + ((self.groups,) if self.groups > 1 else ())
+
+    @property
+    def has_second_moment(self) -> bool:
+        """Whether the statistics of this layer hold A."""
+        return "second_moment" in self.slot_shapes
+
+    @property
+    def parameter_shapes(self) -> dict[Path, tuple[int, ...]]:
+        shapes = {(*self.path, self.kernel_name): self.kernel_shape}
+        if self.use_bias and self.bias_shape is not None:
+            shapes[*self.path, "bias"] = self.bias_shape
+        return shapes
+
+    def get_matrix(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """The layer's matrix (*copies, d_in [+ 1], d_out) from arrays shaped like its parameters."""
+        n = len(self.stack)
+        kernel = to_front(kernel, self.kernel_axes).reshape(self.stack + self.kernel_split)
+        kernel = kernel.transpose(*range(n), *(n + i for i in self.kernel_order))
+        kernel = kernel.reshape((*self.copies, self.in_dim, self.out_dim))
+        if bias is None:
+            return kernel
+        bias = to_front(bias, self.bias_axes)
+        bias = bias.transpose(*range(n), *(n + i for i in self.bias_order))
+        return jnp.concatenate([kernel, bias.reshape((*self.copies, 1, self.out_dim))], axis=-2)
+
+    def set_matrix(self, matrix: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel and the bias whose matrix this is; the inverse of :meth:`get_matrix`."""
+        n = len(self.stack)
+        split = [self.kernel_split[i] for i in self.kernel_order]
+        kernel = matrix[..., : self.in_dim, :].reshape(*self.stack, *split)
+        kernel = kernel.transpose(*range(n), *(n + i for i in _inverse(self.kernel_order)))
+        one_copy = [x for i, x in enumerate(self.kernel_shape) if i not in self.kernel_axes]
+        kernel = _from_front(kernel.reshape(*self.stack, *one_copy), self.kernel_axes)
+        if not self.use_bias or self.bias_shape is None:
+            return kernel, None
+        one_copy = [x for i, x in enumerate(self.bias_shape) if i not in self.bias_axes]
+        bias = matrix[..., -1, :].reshape(*self.stack, *(one_copy[i] for i in self.bias_order))
+        bias = bias.transpose(*range(n), *(n + i for i in _inverse(self.bias_order)))
+        return kernel, _from_front(bias, self.bias_axes)
+
+    def slot_vector(self, vector: jax.Array) -> jax.Array:
+        """The ``vector`` of this layer's slot for a vector (*copies, d_in [+ 1])."""
+        shape = self.slot_shapes["vector"]
+        one_copy = [x for i, x in enumerate(shape) if i not in self.slot_axes]
+        return _from_front(vector[..., : self.in_dim].reshape(*self.stack, *one_copy), self.slot_axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The layers of a model, and the parameters that belong to none; ``print`` it for a table.
+
+    Made by :func:`find_layers` and :func:`join_layers`. Static: it holds shapes and no arrays.
+
+    Attributes:
+      found: the layers that are preconditioned.
+      others: for every other parameter, its path, shape, and why it takes the momentum gradient.
+      model: what the layers were found on, for error messages.
+    """
+
+    found: tuple[Layer, ...]
+    others: tuple[tuple[Path, tuple[int, ...], str], ...]
+    model: str
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, name: str) -> Layer:
+        for layer in self.found:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; the layers are {[layer.name for layer in self.found]}")
+
+    def __str__(self) -> str:
+        table = rich.table.Table(title=f"layers of {self.model}", box=rich.box.SIMPLE_HEAD)
+        table.add_column("preconditioned", overflow="fold")
+        table.add_column("kind")
+        for heading in ("d_in", "d_out", "copies"):
+            table.add_column(heading, justify="right")
+        table.add_column("inputs' statistic")
+        table.add_column("factors, MB", justify="right")
+        total = 0.0
+        for layer in self.found:
+            sides = (f"{layer.in_dim}{' + 1' if layer.use_bias else ''}", str(layer.out_dim))
+            megabytes = _factor_bytes(layer) / 1e6
+            total += megabytes
+            copies, statistic = str(math.prod(layer.copies)), _statistic(layer)
+            table.add_row(layer.name, layer.kind, *sides, copies, statistic, f"{megabytes:.3f}")
+        table.caption = f"H_a, H_g and A of kbfgs with its default max_dim: {total:.3f} MB"
+        parts: list[rich.table.Table] = [table]
+        if self.others:
+            rest = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+            for heading in ("momentum gradient", "shape", "why"):
+                rest.add_column(heading, overflow="fold")
+            for path, shape, reason in self.others:
+                rest.add_row("/".join(path), str(shape), reason)
+            parts.append(rest)
+        console = rich.console.Console(file=io.StringIO(), width=108, color_system=None)
+        with console.capture() as capture:
+            console.print(*parts)
+        return capture.get()
+
+
+MAX_DIM = 8192
+LONG_MEMORY = 20
+
+
+def _statistic(layer: Layer) -> str:
+    if layer.kind == "Embed":
+        return "counts (diagonal A)"
+    return "A" if layer.has_second_moment else "minibatch action"
+
+
+def _factor_bytes(layer: Layer) -> int:
+    """Bytes of kbfgs's factors: squares, or the pairs of limited memory for sides beyond MAX_DIM."""
+    side = lambda dim: dim * min(dim, 2 * LONG_MEMORY) if dim > MAX_DIM else dim * dim
+    if layer.kind == "Embed":
+        inputs = 2 * layer.rows
+    else:
+        inputs = side(layer.rows) + (layer.rows**2 if layer.has_second_moment else 0)
+    return math.prod(layer.copies) * (inputs + side(layer.out_dim)) * layer.dtype.itemsize
+
+
+def join_layers(parts: Mapping[str, Layers] | Sequence[Layers]) -> Layers:
+    """Layers of several models that one loss trains together.
+
+    Args:
+      parts: the layers found on each model, in a dictionary, list or (named) tuple of the form of the
+        parameters that the loss takes.
+
+    Returns:
+      The layers of all models, their paths below the key (or the index) of their model.
+
+    Raises:
+      TypeError: if anything in ``parts`` is not what :func:`find_layers` returns.
+      ValueError: if two layers would have the same name.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> encoder, decoder, x = nn.Dense(2), nn.Dense(3), jnp.ones((5, 3))
+      >>> v = encoder.init(jax.random.key(0), x)
+      >>> w = decoder.init(jax.random.key(1), x[:, :2])
+      >>> params = {"encoder": v["params"], "decoder": w["params"]}  # what loss_fn takes
+      >>> layers = kfqn.join_layers({
+      ...     "encoder": kfqn.find_layers(encoder, v, x),
+      ...     "decoder": kfqn.find_layers(decoder, w, x[:, :2]),
+      ... })
+      >>> [layer.name for layer in layers]
+      ['encoder', 'decoder']
+    """
+    as_dict = getattr(parts, "_asdict", None)  # of a NamedTuple
+    given: Any = parts if as_dict is None else as_dict()
+    items = given.items() if isinstance(given, Mapping) else enumerate(given)
+    found, others, models = [], [], []
+    for key, part in items:
+        if not isinstance(part, Layers):
+            raise TypeError(
+                f"kfqn.join_layers: at {key!r} there is a {type(part).__name__}, not what"
+                " kfqn.find_layers returns."
+            )
+        prefix = str(key)
+        found += [dataclasses.replace(layer, path=(prefix, *layer.path)) for layer in part]
+        others += [((prefix, *path), shape, reason) for path, shape, reason in part.others]
+        models.append(f"{prefix}: {part.model}")
+    owners: dict[str, str] = {}
+    for layer in found:
+        owner = owners.setdefault(layer.name, layer.path[0])
+        if owner != layer.path[0]:
+            raise ValueError(
+                f"kfqn.join_layers: {owner!r} and {layer.path[0]!r} both have a layer {layer.name!r}. Give"
+                " the models keys without a slash."
+            )
+    return Layers(tuple(found), tuple(others), ", ".join(models))
+
+
+def is_masked(leaf: object) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def leaves_by_path(tree: chex.ArrayTree) -> tuple[dict[Path, Any], Any]:
+    """The leaves of a tree (and its ``MaskedNode``), keyed by path, in tree order, and its structure."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
+    return {_path(keys): leaf for keys, leaf in leaves}, structure
+
+
+def _path(keys: tuple[object, ...]) -> Path:
+    # A box around a leaf (nn.Partitioned) is no place in the tree: its attribute is left out.
+    attributes = (jax.tree_util.GetAttrKey, jax.tree_util.FlattenedIndexKey)
+    while len(keys) > 1 and isinstance(keys[-1], attributes):
+        keys = keys[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def put(tree: Any, path: Path, key: str, value: Any) -> Any:
+    """``tree`` with ``value`` at ``key`` in the branch at ``path``; the tree given is not changed."""
+    if hasattr(tree, "_replace"):  # a NamedTuple
+        return tree._replace(**{path[0]: put(getattr(tree, path[0]), path[1:], key, value)})
+    if isinstance(tree, (list, tuple)):
+        branches = list(tree)
+        branches[int(path[0])] = put(branches[int(path[0])], path[1:], key, value)
+        return type(tree)(branches)
+    if path:
+        branch = next(k for k in tree if str(k) == path[0])  # keys need not be strings
+        key, value = branch, put(tree[branch], path[1:], key, value)
+    grown = {**tree, key: value}
+    return grown if isinstance(tree, dict) else type(tree)(grown)  # an nnx.State stays one
+
+
+def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
+    """Raise ``ValueError`` unless ``params`` has every layer's parameters, with the shapes found."""
+    present, _ = leaves_by_path(params)
+    for layer in layers:
+        for path, shape in layer.parameter_shapes.items():
+            leaf = _lookup(present, path)
+            if leaf is None:
+                raise ValueError(_not_there(layers, layer, path, present, call))
+            if not is_masked(leaf) and jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"{call}: the parameter {'/'.join(path)!r} has shape {jnp.shape(leaf)}, but it had"
+                    f" {shape} when kfqn.find_layers looked at {layers.model}. Call find_layers again"
+                    " with the model and the variables that you train."
+                )
+
+
+def _lookup(leaves: Mapping[Path, jax.Array], path: Path) -> jax.Array | None:
+    """The leaf at ``path``, or the ``MaskedNode`` that stands for the branch holding it."""
+    for length in range(len(path), -1, -1):
+        leaf = leaves.get(path[:length])
+        if leaf is not None and (length == len(path) or is_masked(leaf)):
+            return leaf
+    return None
+
+
+def _not_there(
+    layers: Layers, layer: Layer, path: Path, present: Mapping[Path, jax.Array], call: str
+) -> str:
+    if list(present) == [()]:
+        return (
+            f"{call}: the parameters are one array of shape {jnp.shape(present[()])}, in which no layer"
+            " can be told from another. optax.flatten cannot go around a Kronecker-factored"
+            " transformation: put it inside the chain, around the other transformations only."
+        )
+    shown = ["/".join(leaf) for leaf in present][:8]
+    nested = [leaf[: -len(path)] for leaf in present if leaf[-len(path) :] == path]
+    remedy = "Call find_layers on the model whose parameters loss_fn takes."
+    if nested and nested[0]:
+        remedy = (
+            f"The same path is there below {'/'.join(nested[0])!r}: join each model's layers with"
+            f" kfqn.join_layers({{{nested[0][0]!r}: layers, ...}})."
+        )
+    return (
+        f"{call}: layer {layer.name!r} of {layers.model} has a parameter {'/'.join(path)!r}, but the"
+        f" parameters given hold {shown}{' ...' if len(present) > len(shown) else ''}. {remedy}"
+    )
+
+
+def layers_within(layers: Layers, tree: chex.ArrayTree, call: str) -> Layers:
+    """The layers whose parameters ``tree`` holds unmasked; a masked bias leaves the kernel's rows."""
+    check_parameters(layers, tree, call)
+    present, _ = leaves_by_path(tree)
+    kept = []
+    for layer in layers:
+        masked = {path[-1] for path in layer.parameter_shapes if is_masked(_lookup(present, path))}
+        if layer.kernel_name not in masked:
+            kept.append(dataclasses.replace(layer, use_bias=layer.use_bias and not masked))
+    return dataclasses.replace(layers, found=tuple(kept))
+
+
+def get_matrices(layers: Layers, tree: chex.ArrayTree) -> dict[str, jax.Array]:
+    """For each layer its matrix (*copies, d_in [+ 1], d_out) from a tree shaped like the parameters."""
+    leaves, _ = leaves_by_path(tree)
+    return {
+        layer.name: layer.get_matrix(
+            leaves[*layer.path, layer.kernel_name],
+            leaves[*layer.path, "bias"] if layer.use_bias else None,
+        )
+        for layer in layers
+    }
+
+
+def set_matrices(layers: Layers, tree: chex.ArrayTree, matrices: Mapping[str, jax.Array]) -> chex.ArrayTree:
+    """``tree`` with the layers' leaves replaced from their matrices; all other leaves as they are."""
+    leaves, structure = leaves_by_path(tree)
+    for layer in layers:
+        kernel, bias = layer.set_matrix(matrices[layer.name])
+        leaves[*layer.path, layer.kernel_name] = kernel
+        if bias is not None:
+            leaves[*layer.path, "bias"] = bias
+    return jax.tree.unflatten(structure, list(leaves.values()))
+
+
+def to_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.moveaxis(array, axes, tuple(range(len(axes))))
+
+
+def _from_front(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.moveaxis(array, tuple(range(len(axes))), axes)
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

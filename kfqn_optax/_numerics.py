@@ -1,0 +1,54 @@
+"""Guards against bad numbers, shared by all formulas."""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.custom_batching
+import jax.numpy as jnp
+
+
+def safe_divide(numerator: chex.Numeric, denominator: jax.Array) -> jax.Array:
+    """``numerator / denominator``, and 0 where the denominator is 0."""
+    zero = denominator == 0
+    return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
+
+
+def all_finite(tree: chex.ArrayTree) -> jax.Array:
+    """Whether no element of any leaf is inf or NaN, as one boolean array.
+
+    Both survive a sum, which is one pass over each leaf. (So does an overflow of the sum itself, at
+    numbers no use could be made of.)
+    """
+    return jnp.isfinite(sum((leaf.sum() for leaf in jax.tree.leaves(tree)), start=jnp.zeros([])))
+
+
+def select(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTree):
+    """``on_true`` where the scalar ``condition`` holds and ``on_false`` elsewhere, leaf by leaf."""
+    return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
+
+
+def ema(average: jax.Array, value: jax.Array, decay: float) -> jax.Array:
+    """One step of an exponential moving average without bias correction."""
+    return decay * average + (1 - decay) * value
+
+
+def add_diagonal(matrix: jax.Array, damping: jax.Array) -> jax.Array:
+    """``matrix + damping I``."""
+    return matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+
+
+def one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``function``, which on the CPU does one thing after another where ``jax.vmap`` would batch it.
+
+    Batched Cholesky factorisations and triangular solves of jaxlib 0.10.2 wait for ever on a CPU of two
+    threads: each of them keeps a thread and waits for work that needs one.
+    """
+    in_sequence = jax.custom_batching.sequential_vmap(function)
+
+    @functools.wraps(function)
+    def dispatched(*args: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(*args, cpu=in_sequence, default=function)
+
+    return dispatched

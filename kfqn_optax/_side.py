@@ -1,0 +1,85 @@
+"""What each side of a layer's preconditioner is: a table of pure functions.
+
+The direction of a layer with averaged gradient M is D = H_a M H_g. The input side keeps H_a, which acts
+on the rows of M (the layer's inputs), the output side H_g, which acts on its columns. A variant of the
+method is another side with the same functions. A side sees one copy of one layer at a time;
+``scale_by_kfqn`` maps it over stacked copies and over layers.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._factor import PairCounts, no_pairs
+from kfqn_optax._statistics import Statistics
+
+
+def _observe(state: Any, statistics: Statistics, damping: jax.Array) -> Any:
+    del statistics, damping
+    return state
+
+
+def _starting(state: Any) -> jax.Array:
+    del state
+    return jnp.asarray(False)
+
+
+def _start(state: Any, damping: jax.Array) -> Any:
+    del damping
+    return state
+
+
+def _update(state: Any, before: Statistics, after: Statistics, damping: jax.Array) -> Any:
+    del before, after, damping
+    return state
+
+
+class Side(NamedTuple):
+    """One side; in each step ``scale_by_kfqn`` calls its functions in this order.
+
+    Attributes:
+      init: ``init(dim, dtype) -> state``. The state has a field ``pairs`` (:class:`PairCounts`) and a
+        field ``factor``, which :func:`diagnostics` reports.
+      apply: ``apply(state, x) -> H x`` for x of shape (dim, k).
+      observe: ``observe(state, statistics, damping) -> state``, before the direction.
+      starting: ``starting(state) -> bool``, whether ``start`` is to be called now.
+      start: ``start(state, damping) -> state``, before the direction; work too expensive for every
+        step, such as a matrix inverse.
+      query: ``query(state, statistics) -> v`` of shape (dim,), for a side that needs ``after.product``,
+        the product A v; None for one that does not.
+      update: ``update(state, before, after, damping) -> state``, with the statistics of one batch
+        before the step and after it.
+      second_pass: whether ``update`` does anything.
+    """
+
+    init: Callable[[int, Any], Any]
+    apply: Callable[[Any, jax.Array], jax.Array]
+    observe: Callable[[Any, Statistics, jax.Array], Any] = _observe
+    starting: Callable[[Any], jax.Array] = _starting
+    start: Callable[[Any, jax.Array], Any] = _start
+    query: Callable[[Any, Statistics], jax.Array] | None = None
+    update: Callable[[Any, Statistics, Statistics, jax.Array], Any] = _update
+    second_pass: bool = True
+
+
+class IdentityState(NamedTuple):
+    """State of a side that does nothing."""
+
+    factor: jax.Array
+    pairs: PairCounts
+
+
+def identity() -> Side:
+    """H = I: the side is not preconditioned."""
+
+    def init(dim, dtype):
+        del dim
+        return IdentityState(jnp.ones([], dtype), no_pairs(dtype))
+
+    def apply(state, x):
+        del state
+        return x
+
+    return Side(init, apply, second_pass=False)

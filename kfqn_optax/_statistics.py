@@ -1,0 +1,110 @@
+"""From the slots' gradients to the batch statistics of each layer, with their normalisation.
+
+With n the number of rows (examples x positions) that went through a layer and L the loss,
+
+* inputs and pre-activations are means over the n rows;
+* the pre-activation gradient is the *sum* over rows of dL/dh. For a loss that is a mean over the batch
+  this is the batch mean of the per-example gradients; for any loss it is the derivative of L with
+  respect to a shift of all rows' pre-activations, which is what a curvature pair needs;
+* with a bias, inputs are homogeneous: they end in a 1.
+
+Rows are counted by ``kfqn.weights`` where the loss uses it.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._layers import Layer, Layers, get_matrices, to_front
+from kfqn_optax._numerics import safe_divide
+
+
+class Statistics(NamedTuple):
+    """Statistics of one layer on one batch; a layer with stacked copies has their axes in front.
+
+    Attributes:
+      rows: n, how many rows the layer saw; 0 if the loss did not depend on it. ().
+      inputs: mean homogeneous input. (d_in [+ 1],).
+      preactivations: mean output of the layer, before the nonlinearity. (d_out,).
+      preactivation_grads: sum over rows of dL/dh. (d_out,).
+      squares: diagonal of the second moment. (d_in [+ 1],).
+      product: A v, with A the second moment and v a vector asked for. (d_in [+ 1],).
+      second_moment: A, mean outer product of the homogeneous inputs; None for a layer that has too long
+        a side or is a convolution. (d_in [+ 1], d_in [+ 1]).
+      grad_moment: rows / T times the sum over rows of the outer product of dL/dh; T, the positions of a
+        convolution, is 1 elsewhere. Where L is a mean over examples, it is the mean over examples of the
+        outer products of per-example gradients, summed over positions. None for too long a side, and
+        where ``forward`` takes the place of a tapped loss. (d_out, d_out).
+    """
+
+    rows: jax.Array
+    inputs: jax.Array
+    preactivations: jax.Array
+    preactivation_grads: jax.Array
+    squares: jax.Array
+    product: jax.Array
+    second_moment: jax.Array | None
+    grad_moment: jax.Array | None
+
+
+def normalise(
+    layers: Layers,
+    params: chex.ArrayTree,
+    sums: Mapping[str, Mapping[str, jax.Array]],
+    vectors: Mapping[str, jax.Array],
+) -> dict[str, Statistics]:
+    """The statistics of every layer from its slot's gradient at ``params``.
+
+    ``vectors`` holds, for the layers that have one, the v of ``product``, (*copies, d_in [+ 1]).
+    """
+    matrices = get_matrices(layers, params)
+    return {
+        layer.name: _normalise(layer, matrices[layer.name], sums[layer.name], vectors.get(layer.name))
+        for layer in layers
+    }
+
+
+def _normalise(
+    layer: Layer, matrix: jax.Array, sums: Mapping[str, jax.Array], vector: jax.Array | None
+) -> Statistics:
+    def canonical(key: str, *shape: int) -> jax.Array:
+        return to_front(sums[key], layer.slot_axes).reshape(layer.copies + shape)
+
+    rows = to_front(sums["rows"], layer.slot_axes).reshape(layer.stack)
+    rows = jnp.broadcast_to(
+        rows.reshape(layer.stack + (1,) * (len(layer.copies) - rows.ndim)), layer.copies
+    )
+
+    def mean(key: str, *shape: int) -> jax.Array:
+        return safe_divide(canonical(key, *shape), rows.reshape(layer.copies + (1,) * len(shape)))
+
+    dim = layer.in_dim
+    inputs, squares, product = mean("inputs", dim), mean("squares", dim), mean("product", dim)
+    moment = mean("second_moment", dim, dim) if "second_moment" in sums else None
+    if layer.use_bias:
+        one = jnp.ones_like(rows)[..., None]
+        if moment is not None:
+            moment = jnp.concatenate([moment, inputs[..., None, :]], axis=-2)
+            edge = jnp.concatenate([inputs, one], axis=-1)
+            moment = jnp.concatenate([moment, edge[..., :, None]], axis=-1)
+        if vector is not None:
+            bias = vector[..., -1:]
+            product = jnp.concatenate([product + bias * inputs, mean("bias_product", 1) + bias], axis=-1)
+        else:
+            product = jnp.concatenate([product, mean("bias_product", 1)], axis=-1)
+        inputs = jnp.concatenate([inputs, one], axis=-1)
+        squares = jnp.concatenate([squares, one], axis=-1)
+    preactivations = jnp.einsum(
+        "...i,...io->...o", inputs, matrix.astype(inputs.dtype), precision="highest"
+    )
+    out = layer.out_dim
+    grad_moment = None
+    if "grad_moment" in sums:
+        scale = rows[..., None, None] / layer.positions
+        grad_moment = scale * canonical("grad_moment", out, out)
+    return Statistics(
+        rows, inputs, preactivations, canonical("grads", out), squares, product, moment, grad_moment
+    )

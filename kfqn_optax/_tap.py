@@ -1,0 +1,291 @@
+"""The cotangent tap: the statistics of a layer, delivered as the gradient of a slot of zeros.
+
+A *slot* is a small dictionary of zero arrays that travels beside a layer's kernel. The layer's output
+passes through ``tap``, an identity whose backward rule returns, as the slot's "gradient",
+
+=================  ======================  =========================================================
+key                shape of the slot       what ``jax.grad`` returns for it
+=================  ======================  =========================================================
+``rows``           (1, 1, 1)               number of rows (examples x positions) the layer saw
+``inputs``         (groups, d_in, 1)       sum over rows of the layer's inputs a
+``squares``        (groups, d_in, 1)       sum over rows of a^2, element by element
+``grads``          (groups, d_out, 1)      sum over rows of dL/dh, h the layer's output
+``second_moment``  (groups, d_in, d_in)    sum over rows of a a^T; only where a layer has this key
+``product``        (groups, d_in, 1)       sum over rows of a (a^T v), v the *value* of ``vector``
+``bias_product``   (groups, 1, 1)          sum over rows of a^T v
+``vector``         (groups, d_in, 1)       nothing; it brings v to the layer
+``grad_moment``    (groups, d_out, d_out)  sum over rows of dL/dh (dL/dh)^T; only where it is there
+=================  ======================  =========================================================
+
+so the statistics have no side effect to leak: they are stacked by scan and vmap, and summed over weight
+sharing, micro-batches and devices, exactly as gradients are. A slot may carry trailing axes of length
+one, which give it the rank that a lifted transformation expects of it. What is not used of a slot's
+gradient, XLA does not compute.
+"""
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SLOT = "kfqn_slot"
+Slot = Mapping[str, jax.Array]
+
+
+def slot_shapes(
+    groups: int, in_dim: int, out_dim: int, rank: int, second_moment: bool, grad_moment: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the slot of one layer, every leaf of rank ``rank`` (at least 3)."""
+    shapes = {
+        "rows": (1, 1, 1),
+        "inputs": (groups, in_dim, 1),
+        "squares": (groups, in_dim, 1),
+        "grads": (groups, out_dim, 1),
+        "product": (groups, in_dim, 1),
+        "bias_product": (groups, 1, 1),
+        "vector": (groups, in_dim, 1),
+    }
+    if second_moment:
+        shapes["second_moment"] = (groups, in_dim, in_dim)
+    if grad_moment:
+        shapes["grad_moment"] = (groups, out_dim, out_dim)
+    return {key: shape + (1,) * (rank - 3) for key, shape in shapes.items()}
+
+
+def dense_sums(inputs: jax.Array, slot: Slot) -> dict[str, jax.Array]:
+    """Sums over all leading axes of inputs (..., groups, d_in), shaped like ``slot``."""
+    groups, in_dim = inputs.shape[-2:]
+    a = jax.lax.stop_gradient(inputs).astype(slot["inputs"].dtype)
+    w = _row_weights(a.shape[:-2], a.dtype)
+    weighted = a if w is None else a * w[..., None, None]
+    axes = tuple(range(a.ndim - 2))
+    a_sum = weighted.sum(axes)
+    projected = jnp.einsum("...gi,gi->...g", a, _vector(slot, groups, in_dim), precision="highest")
+    if w is not None:
+        projected *= w[..., None]
+    sums = {
+        "rows": _count(a_sum, math.prod(a.shape[:-2]) if w is None else w.sum()),
+        "inputs": a_sum,
+        "squares": (weighted * a).sum(axes),
+        "product": jnp.einsum("...gi,...g->gi", a, projected, precision="highest"),
+        "bias_product": projected.sum(axes),
+    }
+    if "second_moment" in slot:
+        sums["second_moment"] = jnp.einsum("...gi,...gj->gij", weighted, a, precision="highest")
+    return _shaped(sums, slot)
+
+
+def convolution_sums(
+    layer: Callable[[jax.Array, jax.Array], jax.Array], inputs: jax.Array, kernel: jax.Array, slot: Slot
+) -> dict[str, jax.Array]:
+    """Sums over positions of the patches that a convolution sees, which are never materialised.
+
+    For a layer linear in its kernel, the layer with one output channel and kernel v gives every
+    patch's a^T v, and its transpose in the kernel gives sums of patches.
+
+    Args:
+      layer: ``layer(inputs, kernel) -> (*rows, groups)``, the layer with one output a group.
+      inputs: the layer's inputs.
+      kernel: zeros of the shape of that one-output kernel, (..., groups); in C order without its last
+        axis it is a row of d_in numbers.
+      slot: the slot.
+    """
+    groups = kernel.shape[-1]
+    a = jax.lax.stop_gradient(inputs).astype(slot["inputs"].dtype)
+    outputs, transpose = jax.vjp(functools.partial(layer, a), kernel)
+    w = _row_weights(outputs.shape[:-1], a.dtype)
+    ones = jnp.ones_like(outputs) if w is None else jnp.broadcast_to(w[..., None], outputs.shape)
+    a_sum = transpose(ones)[0]
+    vector = _vector(slot, groups, kernel.size // groups)
+    projected = ones * layer(a, vector.T.reshape(kernel.shape))
+    _, transpose_of_squares = jax.vjp(functools.partial(layer, a * a), kernel)
+
+    def row(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, groups).T
+
+    sums = {
+        "rows": _count(a_sum, outputs.size // groups if w is None else w.sum()),
+        "inputs": row(a_sum),
+        "squares": row(transpose_of_squares(ones)[0]),
+        "product": row(transpose(projected)[0]),
+        "bias_product": projected.sum(tuple(range(projected.ndim - 1))),
+    }
+    return _shaped(sums, slot)
+
+
+def embedding_sums(ids: jax.Array, slot: Slot) -> dict[str, jax.Array]:
+    """Sums for an embedding, a dense layer whose inputs are one-hot rows: counts of the ids."""
+    zeros = jnp.zeros_like(slot["inputs"]).reshape(-1)
+    w = _row_weights(ids.shape, zeros.dtype)
+    ones = jnp.ones(ids.shape, zeros.dtype) if w is None else w
+    counts = zeros.at[ids].add(ones)
+    vector = _vector(slot, 1, zeros.size)[0]
+    sums = {
+        "rows": counts.sum(),
+        "inputs": counts,
+        "squares": counts,
+        "product": counts * vector,
+        "bias_product": counts @ vector,
+    }
+    return _shaped(sums, slot)
+
+
+def _vector(slot: Slot, groups: int, in_dim: int) -> jax.Array:
+    return jax.lax.stop_gradient(slot["vector"]).reshape(groups, in_dim)
+
+
+def _shaped(sums: dict[str, jax.Array], slot: Slot) -> dict[str, jax.Array]:
+    return {key: value.reshape(slot[key].shape) for key, value in sums.items()}
+
+
+def _count(reference: jax.Array, count: int | jax.Array) -> jax.Array:
+    """``count`` as an array that vmap batches exactly when it batches ``reference``.
+
+    A constant cotangent would not be summed over a vmapped axis, so the count must depend on the data;
+    the comparison is false for NaN, hence the same value on both branches.
+    """
+    total = reference.sum()
+    value = jnp.asarray(count, reference.dtype)
+    return jnp.where(total == total, value, value)
+
+
+class _Weights(threading.local):
+    value: jax.Array | None = None
+
+
+_weights = _Weights()
+
+
+@contextlib.contextmanager
+def weights(value: jax.Array) -> Iterator[None]:
+    """Within this context, inside ``loss_fn``, rows count in the layers' means by these weights.
+
+    Padding then does not count: give the mask of the tokens or examples that the loss counts.
+
+    Args:
+      value: weights, 0 for padding and 1 otherwise, or any number from 0; its axes are the leading axes
+        of the layers' rows, for example (batch, length). A layer with more axes repeats them over the
+        rest. In a layer with fewer axes, as after pooling, a row counts if any weight in it is positive.
+
+    Raises:
+      ValueError: while tracing, if the axes of a layer's rows do not start with those of the weights.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> model, x = nn.Dense(2), jnp.stack([jnp.ones((4, 3)), jnp.zeros((4, 3))])
+      >>> mask = jnp.array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> def loss_fn(params, x):
+      ...     with kfqn.weights(mask):
+      ...         outputs = model.apply({"params": params}, x)
+      ...     return (mask[..., None] * outputs**2).sum() / mask.sum()
+      >>> layers = kfqn.find_layers(model, variables, x)
+      >>> _, _, curvature = kfqn.value_and_grad(loss_fn, layers)(variables["params"], x)
+      >>> float(curvature.statistics["."].rows)
+      5.0
+    """
+    before = _weights.value
+    _weights.value = jnp.asarray(value)
+    try:
+        yield
+    finally:
+        _weights.value = before
+
+
+def _row_weights(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array | None:
+    """The weights of rows that have these axes, or None where all rows count alike."""
+    if _weights.value is None:
+        return None
+    w = jax.lax.stop_gradient(_weights.value).astype(dtype)
+    common = min(len(shape), w.ndim)
+    if shape[:common] != w.shape[:common]:
+        raise ValueError(
+            f"kfqn.weights: weights of shape {w.shape} do not fit a layer whose rows have shape {shape}."
+            " Give weights whose axes are the leading axes of every layer's rows, such as (batch, length)."
+        )
+    if w.ndim > len(shape):
+        return (w > 0).any(tuple(range(common, w.ndim))).astype(dtype)
+    return jnp.broadcast_to(w.reshape(w.shape + (1,) * (len(shape) - w.ndim)), shape)
+
+
+class OutputAxes(NamedTuple):
+    """Where a layer's output keeps what the kernel produced.
+
+    Attributes:
+      rows: axes that are examples or positions.
+      order: for the remaining axes, the order that puts groups first and then output features.
+    """
+
+    rows: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def last_axis(outputs: jax.Array) -> OutputAxes:
+    return OutputAxes(tuple(range(outputs.ndim - 1)), (0,))
+
+
+def tap(outputs: jax.Array, slot: Slot, sums: Slot, axes: OutputAxes) -> jax.Array:
+    """Return ``outputs`` unchanged; the gradient of the slot is ``sums``, and ``grads``."""
+    _check_dtype(slot)
+    return _tap(axes, outputs, dict(slot), jax.lax.stop_gradient(dict(sums)))
+
+
+def add_virtual_bias(outputs: jax.Array, slot: Slot, axes: OutputAxes) -> jax.Array:
+    """Return ``outputs`` plus zeros, of which the gradient is ``grads``; any kind of differentiation.
+
+    Unlike ``tap`` it allows forward mode, and delivers nothing but ``grads``.
+    """
+    _check_dtype(slot)
+    lengths = [length for i, length in enumerate(outputs.shape) if i not in axes.rows]
+    ordered = [lengths[i] for i in axes.order]
+    inverse = sorted(range(len(axes.order)), key=axes.order.__getitem__)
+    bias = slot["grads"].reshape(ordered).transpose(inverse)
+    full = [1 if i in axes.rows else length for i, length in enumerate(outputs.shape)]
+    return outputs + bias.reshape(full).astype(outputs.dtype)
+
+
+def _check_dtype(slot: Slot) -> None:
+    dtype = slot["rows"].dtype
+    if jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"kfqn.value_and_grad: the parameters reached the model as {dtype}, and so did the statistics,"
+            " which need float32. Do not cast the parameters inside loss_fn: give the modules"
+            f" dtype={dtype} instead, and leave param_dtype at float32."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tap(axes, outputs, slot, sums):
+    del axes, slot, sums
+    return outputs
+
+
+def _tap_forward(axes, outputs, slot, sums):
+    # Only sums over rows are kept for the backward pass: never an activation, and nothing that would
+    # make rematerialisation run the layer again. Where the loss differentiates the model itself, this
+    # rule is that inner derivative's, and the outer one must meet a tap again.
+    ours = {key: value for key, value in slot.items() if key not in sums}
+    return _tap(axes, outputs, slot, sums), (sums, ours)
+
+
+def _tap_backward(axes, residuals, cotangent):
+    sums, ours = residuals
+    g = cotangent.astype(ours["grads"].dtype)
+    total = g.sum(axes.rows).transpose(axes.order)
+    slot_grads = dict(sums, grads=total.reshape(ours["grads"].shape), vector=jnp.zeros_like(ours["vector"]))
+    if "grad_moment" in ours:
+        groups, out_dim = ours["grad_moment"].shape[:2]
+        others = [i for i in range(g.ndim) if i not in axes.rows]
+        rows = g.transpose(axes.rows + tuple(others[i] for i in axes.order))
+        rows = rows.reshape([g.shape[i] for i in axes.rows] + [groups, out_dim])
+        moment = jnp.einsum("...gi,...gj->gij", rows, rows, precision="highest")
+        slot_grads["grad_moment"] = moment.reshape(ours["grad_moment"].shape)
+    return cotangent, slot_grads, jax.tree.map(jnp.zeros_like, sums)
+
+
+_tap.defvjp(_tap_forward, _tap_backward)

@@ -1,0 +1,108 @@
+"""The paper's start: A from one pass over the data."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._capture import ValueAndGrad
+from kfqn_optax._hessian_action import GIVEN, HessianActionState
+from kfqn_optax._nnx import as_arrays, assign, jit_for
+from kfqn_optax._transform import ScaleByKfqnState, map_states
+
+
+def warm_start(
+    opt_state: chex.ArrayTree,
+    value_and_grad: ValueAndGrad,
+    params: chex.ArrayTree,
+    batches: Iterable[Any],
+) -> Any:
+    """Start A as its mean over batches, forward passes only; without it the first batch starts A.
+
+    Args:
+      opt_state: what ``tx.init(params)`` returned; the kfqn_optax state may be anywhere in it. For an
+        ``nnx.Optimizer`` give ``optimizer.opt_state``, whose variables are then set in place.
+      value_and_grad: what :func:`value_and_grad` returned.
+      params: the initial parameters, or the NNX model that ``value_and_grad`` takes; it stays as it is.
+      batches: what the loss takes after the parameters: for each batch one argument, or a tuple of
+        them. Batches count equally, whatever their sizes.
+
+    Returns:
+      ``opt_state`` with A set, in the layers whose input side keeps one. The first update then computes
+      H_a from it and, as in the paper, leaves its own batch out of A.
+
+    Raises:
+      ValueError: if there is no batch, or no kfqn_optax state in ``opt_state``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> model, batches = nn.Dense(2), [jnp.ones((8, 3)), jnp.zeros((8, 3))]
+      >>> variables = model.init(jax.random.key(0), batches[0])
+      >>> params, layers = variables["params"], kfqn.find_layers(model, variables, batches[0])
+      >>> loss_fn = lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)
+      >>> value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+      >>> opt_state = kfqn.kbfgs(0.3, layers).init(params)
+      >>> opt_state = kfqn.warm_start(opt_state, value_and_grad, params, batches)
+      >>> opt_state[0].inputs["."].second_moment[0]
+      Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
+
+    Source: Goldfarb, Ren, Bahamou 2020, Algorithm 3, initialisation.
+    """
+
+    if not isinstance(value_and_grad, ValueAndGrad):
+        raise TypeError(
+            f"kfqn.warm_start: expected what kfqn.value_and_grad(loss_fn, layers) returns, got"
+            f" {value_and_grad!r}."
+        )
+
+    @jit_for(params)
+    def add(total, params, batch):
+        statistics = value_and_grad.statistics(params, batch, {}, {})
+        moments = {name: value.second_moment for name, value in statistics.items()}
+        return moments if total is None else jax.tree.map(jnp.add, total, moments)
+
+    total, count = None, 0
+    for batch in batches:
+        total = add(total, params, batch if isinstance(batch, tuple) else (batch,))
+        count += 1
+    if total is None:
+        raise ValueError("kfqn.warm_start: batches is empty; give it at least one batch.")
+
+    unseen = [name for name in _warmed(opt_state) if total.get(name) is None]
+    if unseen:
+        raise ValueError(
+            f"kfqn.warm_start: value_and_grad takes no second moment of {unseen}, whose A is to start."
+            " Give kfqn.value_and_grad the same layers as the optimizer."
+        )
+
+    def warm(state: ScaleByKfqnState) -> ScaleByKfqnState:
+        inputs = {
+            name: _warm(side, total[name] / count) if hasattr(side, "phase") else side
+            for name, side in state.inputs.items()
+        }
+        return state._replace(inputs=inputs)
+
+    return assign(opt_state, map_states(warm, as_arrays(opt_state), "kfqn.warm_start"))
+
+
+def _warmed(opt_state: chex.ArrayTree) -> list[str]:
+    names: list[str] = []
+
+    def collect(state: ScaleByKfqnState) -> ScaleByKfqnState:
+        names.extend(name for name, side in state.inputs.items() if hasattr(side, "phase"))
+        return state
+
+    map_states(collect, opt_state, "kfqn.warm_start")
+    return names
+
+
+def _warm(side: HessianActionState, moment: jax.Array) -> HessianActionState:
+    rows = side.second_moment.shape[-1]  # one less than in ``moment`` where the bias is masked
+    moment = moment[..., :rows, :rows].astype(side.second_moment.dtype)
+    good = jnp.isfinite(moment).all((-2, -1))
+    return side._replace(
+        second_moment=jnp.where(good[..., None, None], moment, side.second_moment),
+        phase=jnp.where(good, GIVEN, side.phase),
+    )

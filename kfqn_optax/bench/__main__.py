@@ -1,0 +1,80 @@
+"""The command ``python -m kfqn_optax.bench``. Exit status 2 for a user's error, 130 for Ctrl-C."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from kfqn_optax.bench._compare import compare
+from kfqn_optax.bench._errors import UserError
+from kfqn_optax.bench._options import parse_options
+from kfqn_optax.bench._plot import require_matplotlib, save_plot
+from kfqn_optax.bench._problems import PROBLEMS
+from kfqn_optax.bench._report import print_table, save_json
+from kfqn_optax.bench._train import Budget, Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison that ``arguments`` ask for and return the exit status."""
+    try:
+        return _run(parse_options(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
+    require_matplotlib()
+    _prepare_folder(options.out)
+    problem = PROBLEMS[options.problem]
+    dataset = problem.load(options.data_dir)
+    if options.batch_size > len(dataset.train):
+        raise UserError(
+            f"--batch-size {options.batch_size}: the training set has {len(dataset.train)} images"
+        )
+    runs: list[Run] = []
+    status = 0
+    try:
+        compare(
+            problem,
+            dataset,
+            options.learning_rates,
+            paper=options.setting == "paper",
+            seeds=options.seed,
+            batch_size=options.batch_size,
+            budget=Budget(options.epochs, options.seconds, options.target),
+            runs=runs,
+        )
+    except KeyboardInterrupt:
+        if not runs:
+            raise
+        status = 130
+    images = f"{len(dataset.train)} + {len(dataset.test)} images, batch {options.batch_size}"
+    _report(runs, options, f"{options.problem}: {images}, {jax.devices()[0].device_kind}")
+    return status
+
+
+def _report(runs: list[Run], options: argparse.Namespace, title: str) -> None:
+    print_table(runs, title, options.target)
+    save_json(runs, vars(options), options.out / f"{options.problem}.json")
+    save_plot(runs, title, options.out / f"{options.problem}.png")
+    print(f"saved {options.problem}.json and {options.problem}.png in {options.out}")
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the folder for the results; find out before training whether it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written to: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

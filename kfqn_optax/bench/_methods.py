@@ -1,0 +1,103 @@
+"""The methods that can be compared. To add one: write its recipe and enter it in ``METHODS``."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import kfqn_optax as kfqn
+from kfqn_optax.bench._models import Tree
+from kfqn_optax.bench._problems import Problem
+
+
+class Recipe(NamedTuple):
+    """What a method brings to the training loop.
+
+    Attributes:
+      init: ``(params, batches) -> opt_state``; may take one pass over the batches (a warm start).
+      step: ``(params, opt_state, images) -> (params, opt_state, loss)``; the caller compiles it.
+    """
+
+    init: Callable[[Tree, Iterable[jax.Array]], Tree]
+    step: Callable[
+        [Tree, Tree, jax.Array],
+        tuple[Tree, Tree, jax.Array],
+    ]
+
+
+class Method(NamedTuple):
+    """A recipe and its learning rates.
+
+    Attributes:
+      build: ``(problem, learning_rate, paper) -> Recipe``; ``paper``: in the published setting.
+      learning_rates: for each problem, the best of a few tried on short runs with seed 0.
+      paper_learning_rate: the published one, where there is a published setting.
+    """
+
+    build: Callable[[Problem, float, bool], Recipe]
+    learning_rates: Mapping[str, float]
+    paper_learning_rate: float | None = None
+
+
+def learning_rate(name: str, problem: str, paper: bool) -> float:
+    """The learning rate a method uses unless the user gives one."""
+    method = METHODS[name]
+    if paper and method.paper_learning_rate is not None:
+        return method.paper_learning_rate
+    return method.learning_rates[problem]
+
+
+def _first_order(problem: Problem, tx: optax.GradientTransformation) -> Recipe:
+    def step(params, opt_state, images):
+        loss, grads = jax.value_and_grad(problem.train_loss)(params, images)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return Recipe(lambda params, batches: tx.init(params), step)
+
+
+def _sgd(problem: Problem, learning_rate: float, paper: bool) -> Recipe:
+    return _first_order(problem, optax.sgd(learning_rate, momentum=0.9))
+
+
+def _adam(problem: Problem, learning_rate: float, paper: bool) -> Recipe:
+    return _first_order(problem, optax.adam(learning_rate))
+
+
+def _kbfgs(problem: Problem, learning_rate: float, paper: bool) -> Recipe:
+    if not paper:
+        return _second_order(problem, functools.partial(kfqn.kbfgs, learning_rate))
+    settings = {"damping": 0.3, "norm_constraint": None}
+    return _second_order(problem, functools.partial(kfqn.kbfgs, learning_rate, **settings))
+
+
+def _second_order(
+    problem: Problem, make: Callable[[kfqn.Layers], optax.GradientTransformationExtraArgs]
+) -> Recipe:
+    """A recipe with the transformation that ``make`` returns for the layers found."""
+    params = jax.eval_shape(problem.init, 0)
+    images = jax.ShapeDtypeStruct((1, problem.widths[0]), jnp.float32)
+    layers = kfqn.find_layers(problem.model, {"params": params}, images)
+    value_and_grad = kfqn.value_and_grad(problem.train_loss, layers)
+    tx = make(layers)
+
+    def init(params, batches):
+        opt_state: Tree = tx.init(params)
+        return kfqn.warm_start(opt_state, value_and_grad, params, batches)
+
+    def step(params, opt_state, images):
+        loss, grads, curvature = value_and_grad(params, images)
+        updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return Recipe(init, step)
+
+
+METHODS = {
+    "kbfgs": Method(_kbfgs, {"curves": 1.0, "mnist": 1.0, "faces": 0.3}, paper_learning_rate=0.3),
+    "sgd": Method(_sgd, {"curves": 0.01, "mnist": 0.003, "faces": 0.003}),
+    "adam": Method(_adam, {"curves": 1e-3, "mnist": 3e-3, "faces": 3e-4}),
+}

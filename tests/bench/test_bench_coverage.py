@@ -1,0 +1,44 @@
+"""The coverage table, in a reduced form."""
+
+import re
+
+import pytest
+
+from kfqn_optax.bench import coverage
+from kfqn_optax.bench._coverage_rows import ROWS
+
+
+def test_a_cell_shows_a_falling_loss_and_a_row_what_is_preconditioned(capsys):
+    rows = ["--rows", "batch norm", "hessian"]
+    assert coverage.main([*rows, "--methods", "kfqn", "--steps", "4"]) == 0
+    heading, rule, *body = capsys.readouterr().out.splitlines()
+    assert heading == "| model | parameters preconditioned | kfqn |"
+    assert re.fullmatch(r"(\|---)+\|", rule)
+    assert [line.split(" | ")[:2] for line in body] == [
+        ["| CNN, batch norm", "1,028 of 1,044"],
+        ["| PINN, hessian", "193 of 193"],
+    ]
+    assert {line.count("|") for line in (heading, rule, *body)} == {4}
+    for line in body:
+        for cell in line.strip("| ").split(" | ")[2:]:
+            first, last = cell.split(" → ")
+            assert float(last) < float(first)
+
+
+def test_a_cell_tells_a_failure_and_a_loss_that_rises(capsys, monkeypatch):
+    def broken(layers):
+        raise RuntimeError("no such method")
+
+    monkeypatch.setattr(coverage, "METHODS", {"kbfgs": broken})
+    assert coverage.main(["--rows", "bfloat16", "--steps", "1"]) == 1
+    assert "| **RuntimeError** |" in capsys.readouterr().out
+    assert coverage.outcome(1.0, 1.5, 0) == "**diverged** 1 → 1.5"
+    assert coverage.outcome(1.0, float("nan"), 2) == "**diverged** 1 → nan, 2 left out"
+
+
+def test_rows_that_do_not_exist_are_an_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        coverage.main(["--rows", "no such model"])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in ROWS)
