@@ -132,7 +132,7 @@ def value_and_grad(
     return ValueAndGrad(loss_fn, layers, has_aux, forward, sampled_loss)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a static argument of a jitted function
 class ValueAndGrad:
     """What :func:`value_and_grad` returns."""
 

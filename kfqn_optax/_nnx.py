@@ -39,6 +39,7 @@ _as_pure: Callable[[Any], Any] = nnx.as_pure if hasattr(nnx, "as_pure") else nnx
 # Gradients of some of a model's variables need the graph mode, whatever the user has set it to.
 _PARAMETERS = inspect.signature(nnx.value_and_grad).parameters
 _GRAPH: dict[str, Any] = {name: True for name in ("graph", "graph_updates") if name in _PARAMETERS}
+jit_with_models = nnx.jit
 _WRAPPERS = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
 
 # Part of JAX's trace-cache key, as in ``_linen.py``.
@@ -78,11 +79,6 @@ def assign(tree: Any, arrays: Any) -> Any:
         nnx.update(tree, nnx.state(arrays))
         return tree
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(arrays))
-
-
-def jit_for(params: Any) -> Callable[..., Any]:
-    """The ``jit`` for functions that take what ``params`` is: a model, or a tree of arrays."""
-    return nnx.jit if is_model(params) else jax.jit
 
 
 # ------------------------------------------------------------------------------------------------- finding

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture import ValueAndGrad
 from kfqn_optax._hessian_action import GIVEN, HessianActionState
-from kfqn_optax._nnx import as_arrays, assign, jit_for
+from kfqn_optax._nnx import as_arrays, assign, is_model, jit_with_models
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
 
@@ -57,15 +57,11 @@ def warm_start(
             f" {value_and_grad!r}."
         )
 
-    @jit_for(params)
-    def add(total, params, batch):
-        statistics = value_and_grad.statistics(params, batch, {}, {})
-        moments = {name: value.second_moment for name, value in statistics.items()}
-        return moments if total is None else jax.tree.map(jnp.add, total, moments)
-
+    moments_of = _moments_of_model if is_model(params) else _moments_of_arrays
     total, count = None, 0
     for batch in batches:
-        total = add(total, params, batch if isinstance(batch, tuple) else (batch,))
+        moments = moments_of(value_and_grad, params, batch if isinstance(batch, tuple) else (batch,))
+        total = moments if total is None else jax.tree.map(jnp.add, total, moments)
         count += 1
     if total is None:
         raise ValueError("kfqn.warm_start: batches is empty; give it at least one batch.")
@@ -85,6 +81,16 @@ def warm_start(
         return state._replace(inputs=inputs)
 
     return assign(opt_state, map_states(warm, as_arrays(opt_state), "kfqn.warm_start"))
+
+
+def _moments(value_and_grad: ValueAndGrad, params: Any, batch: tuple[Any, ...]) -> dict[str, Any]:
+    statistics = value_and_grad.statistics(params, batch, {}, {})
+    return {name: value.second_moment for name, value in statistics.items()}
+
+
+# Made once, so that a second warm start with the same ``value_and_grad`` does not compile again.
+_moments_of_arrays = jax.jit(_moments, static_argnums=0)
+_moments_of_model = jit_with_models(_moments, static_argnums=0)
 
 
 def _warmed(opt_state: chex.ArrayTree) -> list[str]:
