@@ -22,6 +22,8 @@ from kfqn_optax._layers import join_layers as join_layers
 from kfqn_optax._lbfgs import lbfgs as lbfgs
 from kfqn_optax._minibatch_action import minibatch_action as minibatch_action
 from kfqn_optax._nnx import merge as merge
+from kfqn_optax._norm_constraint import NormConstraint as NormConstraint
+from kfqn_optax._norm_constraint import measured as measured
 from kfqn_optax._secant import secant as secant
 from kfqn_optax._side import Side as Side
 from kfqn_optax._tap import weights as weights

@@ -16,6 +16,7 @@ from kfqn_optax._kfac import fisher
 from kfqn_optax._layers import LONG_MEMORY, MAX_DIM, Layer, Layers
 from kfqn_optax._lbfgs import lbfgs
 from kfqn_optax._minibatch_action import minibatch_action
+from kfqn_optax._norm_constraint import MEASURED, NormConstraint
 from kfqn_optax._secant import DampingRule, secant
 from kfqn_optax._side import Side, identity
 from kfqn_optax._transform import scale_by_kfqn
@@ -26,7 +27,7 @@ def kbfgs(
     layers: Layers,
     *,
     damping: optax.ScalarOrSchedule = 0.3,
-    norm_constraint: float | None = 3.0,
+    norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
     mu1: float = 0.2,
@@ -52,8 +53,9 @@ def kbfgs(
       layers: what :func:`find_layers` returned.
       damping: lambda > 0, with l_A = l_G = mu2 = sqrt(lambda). A number or a schedule. In units of
         the loss per squared unit of input; below 1 for the guarantees of double damping.
-      norm_constraint: kappa, in units of the loss, or None; the step is shortened by
-        nu = min(1, sqrt(kappa / (learning_rate^2 <M, H_a M H_g>))).
+      norm_constraint: what nu is. By default :func:`measured`: no step goes beyond the minimum of its
+        batch's loss along it, as found by the second pass. A number is kappa, in units of the loss, for
+        nu = min(1, sqrt(kappa / (learning_rate^2 <M, H_a M H_g>))). None is nu = 1.
       momentum: rate of M, an average of gradients from 0 without bias correction. The step length is
         that of one gradient: about a tenth of what momentum as a sum of gradients would make it.
       decay: rate of the averages of A, s and y. The paper uses 0 for full-batch training.
@@ -118,7 +120,7 @@ def kbfgs_l(
     memory: int = 100,
     limited_inputs: bool = False,
     damping: optax.ScalarOrSchedule = 0.3,
-    norm_constraint: float | None = 3.0,
+    norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
     mu1: float = 0.2,
@@ -182,7 +184,7 @@ def kfqn(
     layers: Layers,
     *,
     damping: optax.ScalarOrSchedule = 0.3,
-    norm_constraint: float | None = 3.0,
+    norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
     mu1: float = 0.2,
@@ -243,7 +245,7 @@ def kfac(
     layers: Layers,
     *,
     damping: optax.ScalarOrSchedule = 0.3,
-    norm_constraint: float | None = 3.0,
+    norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
     inverse_every: int = 20,

@@ -23,24 +23,25 @@ class Curvature:
     train step that made it, like Optax's ``value_fn``: make it and use it inside the same ``jax.jit``.
 
     Attributes:
+      value: the loss.
       params: the parameters at which the statistics were taken.
       statistics: for each layer name its :class:`Statistics`.
     """
 
     def __init__(
         self,
+        value: jax.Array,
         params: chex.ArrayTree,
         statistics: dict[str, Statistics],
-        statistics_at: Callable[..., dict[str, Statistics]],
+        statistics_at: Callable[..., tuple[jax.Array, dict[str, Statistics]]],
     ):
+        self.value = value
         self.params = params
         self.statistics = statistics
         self._statistics_at = statistics_at
 
-    def after(
-        self, updates: chex.ArrayTree, vectors: Mapping[str, jax.Array] | None = None
-    ) -> dict[str, Statistics]:
-        """The statistics of the same batch, with the same keys, at ``params + updates``.
+    def after(self, updates: chex.ArrayTree, vectors: Mapping[str, jax.Array] | None = None) -> "Curvature":
+        """The curvature of the same batch, with the same keys, at ``params + updates``.
 
         This is the second pass: a forward and a backward pass without weight gradients.
 
@@ -56,7 +57,8 @@ class Curvature:
             is_leaf=is_masked,
         )
         moved = jax.tree.unflatten(jax.tree.structure(self.params), jax.tree.leaves(moved))
-        return self._statistics_at(moved, vectors or {})
+        value, statistics = self._statistics_at(moved, vectors or {})
+        return Curvature(value, moved, statistics, self._statistics_at)
 
 
 def value_and_grad(
@@ -154,10 +156,11 @@ class ValueAndGrad:
         statistics = normalise(self.layers, call.params, sums, {})
         if self.sampled_loss is not None:
             drawn_loss = self._tapped(self.sampled_loss, bias_only=False)
-            drawn = call.slot_grads(drawn_loss, call.params, _slots(self.layers, {}), False)
+            _, drawn = call.slot_grads(drawn_loss, call.params, _slots(self.layers, {}), False)
             for name, sample in normalise(self.layers, call.params, drawn, {}).items():
                 statistics[name] = statistics[name]._replace(grad_moment=sample.grad_moment)
-        return value, grads, Curvature(call.params, statistics, statistics_at)
+        loss_value = value[0] if self.has_aux else value
+        return value, grads, Curvature(loss_value, call.params, statistics, statistics_at)
 
     def statistics(
         self,
@@ -168,7 +171,7 @@ class ValueAndGrad:
     ) -> dict[str, Statistics]:
         """For each layer name its statistics. Under ``jax.jit``, what is not used is not computed."""
         call = self._call(params, args, kwargs)
-        return self._statistics(call, call.params, vectors)
+        return self._statistics(call, call.params, vectors)[1]
 
     def _call(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Call":
         make = ModelCall if is_model(params) else _TreeCall
@@ -178,11 +181,11 @@ class ValueAndGrad:
 
     def _statistics(
         self, call: "_Call", params: chex.ArrayTree, vectors: Mapping[str, jax.Array]
-    ) -> dict[str, Statistics]:
+    ) -> tuple[jax.Array, dict[str, Statistics]]:
         loss = self._tapped(self.loss_fn)
-        sums = call.slot_grads(loss, params, _slots(self.layers, vectors), self.has_aux)
+        value, sums = call.slot_grads(loss, params, _slots(self.layers, vectors), self.has_aux)
         sums = self._with_inputs(sums, call, params, vectors)
-        return normalise(self.layers, params, sums, vectors)
+        return value, normalise(self.layers, params, sums, vectors)
 
     def _with_inputs(self, sums, call, params, vectors):
         """The sums, those of inputs replaced by what the plain forward pass gives, if there is one."""
@@ -194,7 +197,7 @@ class ValueAndGrad:
             return sum(leaf.sum() for leaf in jax.tree.leaves(forward(params, *args, **kwargs)))
 
         tapped = self._tapped(total, bias_only=False)
-        plain = call.slot_grads(tapped, params, _slots(self.layers, vectors), False)
+        _, plain = call.slot_grads(tapped, params, _slots(self.layers, vectors), False)
         for name, sum_of in plain.items():
             sum_of.pop("grad_moment", None)  # of the forward pass's own outputs, not of the loss
             sum_of["grads"] = sums[name]["grads"]
@@ -232,7 +235,7 @@ class _Call(Protocol):
 
     def slot_grads(
         self, loss_fn: Callable[..., Any], params: Any, slots: Mapping[str, Any], has_aux: bool
-    ) -> Any: ...
+    ) -> tuple[jax.Array, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +253,9 @@ class _TreeCall:
         return value, grads, sums
 
     def slot_grads(self, loss_fn, params, slots, has_aux):
-        sums = jax.grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux)(params, slots)
-        return sums[0] if has_aux else sums
+        function = jax.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux)
+        value, sums = function(params, slots)
+        return (value[0] if has_aux else value), sums
 
     def _with_slots(self, loss_fn):
         def loss(params, slots):

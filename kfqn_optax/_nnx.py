@@ -353,17 +353,17 @@ class ModelCall:
 
     def slot_grads(
         self, loss_fn: Callable[..., Any], params: chex.ArrayTree, slots: Mapping[str, Slot], has_aux: bool
-    ) -> Any:
-        """Slot gradients at ``params``; the model stays as it is."""
+    ) -> tuple[jax.Array, Any]:
+        """The loss and the slot gradients at ``params``; the model stays as it is."""
         graphdef, state = self._start
         model, *nodes = nnx.merge(graphdef, state, copy=True)
         nnx.update(model, params)
         copies = iter(nodes)
         leaves = [next(copies) if _is_node(leaf) else leaf for leaf in self._leaves]
         args, kwargs = jax.tree.unflatten(self._structure, leaves)
-        function = nnx.grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux, **_GRAPH)
-        sums = function(model, dict(slots), args, kwargs)
-        return sums[0] if has_aux else sums
+        function = nnx.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux, **_GRAPH)
+        value, sums = function(model, dict(slots), args, kwargs)
+        return (value[0] if has_aux else value), sums
 
     def _with_slots(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         def loss(model, slots, args, kwargs):

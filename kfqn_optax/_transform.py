@@ -19,7 +19,8 @@ from kfqn_optax._layers import (
     layers_within,
     set_matrices,
 )
-from kfqn_optax._numerics import all_finite, ema, safe_divide, select
+from kfqn_optax._norm_constraint import MEASURED, NormConstraint, as_constraint
+from kfqn_optax._numerics import all_finite, ema, select
 from kfqn_optax._side import Side
 from kfqn_optax._statistics import Statistics
 
@@ -32,9 +33,10 @@ class ScaleByKfqnState(NamedTuple):
       momentum: moving average of the gradient, shaped like the parameters.
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
-      cap: the factor nu <= 1 by which the norm constraint shortened the last direction.
-      rejected: how many steps were left out because a gradient, the direction, or the statistics after
-        the step were not finite; their update was zero.
+      cap: the factor nu <= 1 by which the norm constraint shortened the last step.
+      reach: what the norm constraint keeps from step to step.
+      rejected: how many steps were left out because a gradient, the direction, or the loss or statistics
+        after the step were not finite; their update was zero.
     """
 
     count: jax.Array
@@ -42,6 +44,7 @@ class ScaleByKfqnState(NamedTuple):
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     cap: jax.Array
+    reach: jax.Array
     rejected: jax.Array
 
 
@@ -53,7 +56,7 @@ def scale_by_kfqn(
     probe_step: optax.ScalarOrSchedule,
     damping: optax.ScalarOrSchedule = 0.3,
     momentum: float = 0.9,
-    norm_constraint: float | None = 3.0,
+    norm_constraint: NormConstraint | float | None = MEASURED,
     update_every: int = 1,
     factor_dtype: Any = None,
     precision: str = "highest",
@@ -72,8 +75,8 @@ def scale_by_kfqn(
       damping: lambda > 0; l_A = sqrt(lambda / T) and l_G = sqrt(lambda T), with T the positions of a
         convolution, and 1 for other layers. A number or a schedule.
       momentum: rate of the gradient's moving average, which starts at 0 without bias correction.
-      norm_constraint: kappa; nu = min(1, sqrt(kappa / (probe_step^2 <M, H_a M H_g>))), the sum over all
-        parameters. In units of the loss. None for nu = 1.
+      norm_constraint: what nu is, :func:`measured` by default; a number kappa, in units of the loss, for
+        nu = min(1, sqrt(kappa / (probe_step^2 <M, H_a M H_g>))), the sum over all parameters; None for 1.
       update_every: the second pass and both factor updates are made every this many steps.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
       precision: precision of the factor algebra, as in ``jax.default_matmul_precision``.
@@ -100,13 +103,8 @@ def scale_by_kfqn(
       >>> tx.init(variables["params"])[0].outputs["."].factor.shape
       (2, 2)
     """
-    check_constants(
-        probe_step=probe_step,
-        damping=damping,
-        momentum=momentum,
-        norm_constraint=norm_constraint,
-        update_every=update_every,
-    )
+    check_constants(probe_step=probe_step, damping=damping, momentum=momentum, update_every=update_every)
+    constraint = as_constraint(norm_constraint)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
     input_sides = {layer.name: input_side(layer) for layer in layers}
@@ -129,6 +127,7 @@ def scale_by_kfqn(
                 for layer in present
             },
             cap=jnp.ones([], jnp.float32),
+            reach=jnp.ones([], jnp.float32),
             rejected=jnp.zeros([], jnp.int32),
         )
 
@@ -163,46 +162,54 @@ def scale_by_kfqn(
             done = on_outputs("apply", outputs, {k: v.mT for k, v in rows_done.items()})
             direction = set_matrices(present, average, {k: v.mT for k, v in done.items()})
             direction = jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
-            slope = _inner(average, direction)
-            sane &= jnp.isfinite(slope)
-            cap = _cap(norm_constraint, step, slope)
-            direction = jax.tree.map(lambda d: jnp.where(sane, cap * d, 0), direction)
+            mean_slope = step * _inner(average, direction)
+            slope = step * _inner(updates, direction)
+            sane &= jnp.isfinite(mean_slope)
+            nu = constraint.before(state.reach, step * mean_slope)
+            direction = jax.tree.map(lambda d: jnp.where(sane, nu * d, 0), direction)
 
         def refresh(inputs, outputs):
             with jax.default_matmul_precision(precision):
                 asking = Layers(tuple(x for x in present if input_sides[x.name].query), (), "")
                 vectors = _each(asking, input_sides, "query", inputs, _of_inputs(before))
             probe = jax.tree.map(lambda d: -step * d, direction)
-            after = _view(present, curvature.after(probe, _homogeneous(asking, layers, vectors)), dtype_of)
+            end = curvature.after(probe, _homogeneous(asking, layers, vectors))
+            after = _view(present, end.statistics, dtype_of)
             with jax.default_matmul_precision(precision):
                 inputs = on_inputs("update", inputs, _of_inputs(before), _of_inputs(after), l_a)
                 outputs = on_outputs("update", outputs, _of_outputs(before), _of_outputs(after), l_g)
             measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
-            return inputs, outputs, all_finite(measured)
+            share, reach = jnp.ones_like(nu), state.reach
+            if constraint.after is not None:
+                values = curvature.value, end.value
+                share, reach = constraint.after(nu, *values, nu * slope, nu * mean_slope)
+                reach = jnp.where(sane, reach, state.reach).astype(state.reach.dtype)
+            return inputs, outputs, all_finite(measured), share.astype(nu.dtype), reach
 
         def keep(inputs, outputs):
-            return inputs, outputs, jnp.asarray(True)
+            return inputs, outputs, jnp.asarray(True), jnp.ones_like(nu), state.reach
 
         sides = (*input_sides.values(), *output_sides.values())
-        if not any(side.second_pass for side in sides):
-            inputs, outputs, after_finite = keep(inputs, outputs)
+        if constraint.after is None and not any(side.second_pass for side in sides):
+            inputs, outputs, after_finite, share, reach = keep(inputs, outputs)
         elif isinstance(update_every, int) and update_every == 1:
-            inputs, outputs, after_finite = refresh(inputs, outputs)
+            inputs, outputs, after_finite, share, reach = refresh(inputs, outputs)
         else:
             due = state.count % update_every == 0
-            inputs, outputs, after_finite = jax.lax.cond(due, refresh, keep, inputs, outputs)
+            inputs, outputs, after_finite, share, reach = jax.lax.cond(due, refresh, keep, inputs, outputs)
 
-        accept = sane & after_finite
+        accept = sane & after_finite & (share > 0)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             momentum=select(sane, average, state.momentum),
             inputs=inputs,
             outputs=outputs,
-            cap=jnp.asarray(jnp.where(accept, cap, 0), jnp.float32),
+            cap=jnp.asarray(jnp.where(accept, nu * share, 0), jnp.float32),
+            reach=reach,
             rejected=state.rejected + ~accept,
         )
         scaled = jax.tree.map(
-            lambda d, u: jnp.where(accept, d, 0).astype(jnp.result_type(u)), direction, updates
+            lambda d, u: jnp.where(accept, share * d, 0).astype(jnp.result_type(u)), direction, updates
         )
         return scaled, state
 
@@ -313,14 +320,6 @@ def _start(on_inputs, on_outputs, inputs, outputs, l_a, l_g):
 def _inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
     products = jax.tree.map(lambda x, y: jnp.vdot(x, y).real, a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros([]))
-
-
-def _cap(norm_constraint: float | None, step: jax.Array, slope: jax.Array) -> jax.Array:
-    """nu = min(1, sqrt(kappa / (step^2 <M, D>))), and 1 without a constraint or with no slope."""
-    if norm_constraint is None:
-        return jnp.ones_like(slope)
-    length = step**2 * slope
-    return jnp.where(length > 0, jnp.sqrt(jnp.minimum(safe_divide(norm_constraint, length), 1)), 1)
 
 
 def _check_curvature(curvature: Any, layers: Layers) -> Curvature:

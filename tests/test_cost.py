@@ -139,7 +139,7 @@ def near(counted, expected):
 def second_pass_statistics(small, vectors=None):
     def statistics(params, updates, x):
         _, _, curvature = small.value_and_grad(params, x)
-        after = curvature.after(updates, vectors)
+        after = curvature.after(updates, vectors).statistics
         used = ("preactivations", "preactivation_grads", *(["product"] if vectors else []))
         return {name: [getattr(value, key) for key in used] for name, value in after.items()}
 

@@ -367,7 +367,7 @@ def test_other_modules_are_found_or_listed(name):
 
     def run(params, x):
         _, grads, curvature = kfqn.value_and_grad(loss, layers)(params, x)
-        return grads, curvature.statistics, curvature.after(grads)
+        return grads, curvature.statistics, curvature.after(grads).statistics
 
     grads, statistics, _ = jax.eval_shape(run, variables["params"], x)
     assert jax.tree.structure(grads) == jax.tree.structure(variables["params"])

@@ -447,7 +447,7 @@ def test_statistics_and_their_second_pass(rng):
     @quick_jit
     def both(params, move, v):
         _, _, curvature = kfqn.value_and_grad(loss_fn, layers, has_aux=True)(params, x, target)
-        return curvature.statistics, curvature.after(move, v)
+        return curvature.statistics, curvature.after(move, v).statistics
 
     before, after = both(params, move, v)
     moved = [m + stacked(move[f"Dense_{i}"]) for i, m in enumerate(mlp.matrices)]

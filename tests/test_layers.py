@@ -135,7 +135,7 @@ def check(cases):
         results = []
         for (loss, _, layers), params, vectors in zip(cases, all_params, all_vectors, strict=True):
             _, _, curvature = kfqn.value_and_grad(loss, layers)(params)
-            after = curvature.after(optax.tree.zeros_like(params), vectors)
+            after = curvature.after(optax.tree.zeros_like(params), vectors).statistics
             oracle = jacobian_rows(loss, params, layers)
             results.append((curvature.statistics, after, oracle, through_matrices(layers, params)))
         return results
@@ -429,7 +429,7 @@ def test_copies_under_lifted_transformations(float64, name):
     def run(params, vectors):
         _, _, curvature = kfqn.value_and_grad(loss, layers)(params)
         oracle = jacobian_rows(lambda params: zoo.loss_of(unrolled(params, x)), params, one)
-        return curvature.after(optax.tree.zeros_like(params), vectors), oracle
+        return curvature.after(optax.tree.zeros_like(params), vectors).statistics, oracle
 
     statistics, calls = run(params, vectors)
     for layer in one:

@@ -190,7 +190,7 @@ def check(cases, loss=loss_of_call):
         ):
             model = nnx.merge(graphdef, state)
             _, _, curvature = kfqn.value_and_grad(loss, layers)(model, *args)
-            after = curvature.after(optax.tree.zeros_like(curvature.params), vectors)
+            after = curvature.after(optax.tree.zeros_like(curvature.params), vectors).statistics
             oracle = jacobian_rows(model, lambda model, args=args: loss(model, *args), layers)
             results.append((curvature.statistics, after, oracle))
         return results
@@ -539,7 +539,7 @@ def test_the_model_changes_as_with_nnx_value_and_grad(jit):
     def ours(model, x):
         value, grads, curvature = value_and_grad(model, x)
         zeros = optax.tree.zeros_like(curvature.params)
-        return value, grads, curvature.statistics, curvature.after(zeros)
+        return value, grads, curvature.statistics, curvature.after(zeros).statistics
 
     run = quickly if jit is not nnx.jit else lambda function, *args: function(*args)
     value, grads, statistics, after = run(ours, model, x)
@@ -583,7 +583,11 @@ def test_random_streams_and_metrics_among_the_arguments():
     def both(model, x, rngs, metric):
         (value, aux), _, curvature = value_and_grad(model, x, rngs=rngs, metric=metric, scale=2.0)
         assert aux == "not an array"
-        return value, curvature.statistics, curvature.after(optax.tree.zeros_like(curvature.params))
+        return (
+            value,
+            curvature.statistics,
+            curvature.after(optax.tree.zeros_like(curvature.params)).statistics,
+        )
 
     value, statistics, after = quickly(both, model, x, rngs, metric)
     assert_close(after, statistics, 1e-6)
@@ -599,7 +603,7 @@ def test_arguments_of_the_loss_may_be_anything():
 
     def both(model, x):
         value, _, curvature = value_and_grad(model, [{"x": x}], "name", jnp.sum, None)
-        return value, curvature.after(optax.tree.zeros_like(curvature.params))
+        return value, curvature.after(optax.tree.zeros_like(curvature.params)).statistics
 
     value, _ = quickly(both, model, x)
     np.testing.assert_allclose(value, model(x).sum(), 1e-5)
@@ -807,7 +811,7 @@ def test_the_functional_style_through_transformations_of_the_loss(float64):
 
     def capture(loss, params, *args):
         value, grads, curvature = kfqn.value_and_grad(loss, layers)(params, *args)
-        moved = curvature.after(optax.tree.ones_like(curvature.params))
+        moved = curvature.after(optax.tree.ones_like(curvature.params)).statistics
         return value, grads, curvature.statistics, moved
 
     @quick_jit

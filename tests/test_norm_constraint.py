@@ -1,0 +1,141 @@
+"""What keeps steps short: the measured constraint against the minimum along a step, and in training."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfqn_optax as kfqn
+from kfqn_optax._norm_constraint import DECLINE, GROWTH
+from kfqn_optax.bench._quick import quick_jit
+
+METHODS = [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfqn.kfac]
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
+
+
+def after(**numbers):
+    share, reach = kfqn.measured().after(**{k: jnp.float32(v) for k, v in numbers.items()})
+    return float(share), float(reach)
+
+
+@pytest.mark.parametrize("gradient", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("bend", [0.1, 1.0, 40.0])
+def test_the_step_made_ends_at_the_minimum_of_a_parabola_or_before(gradient, bend):
+    loss = lambda t: 7.0 - gradient * t + 0.5 * bend * t**2
+    share, reach = after(nu=1.0, value=loss(0.0), value_after=loss(1.0), slope=gradient, mean_slope=0.0)
+    assert share == pytest.approx(min(1, gradient / bend), rel=1e-4)
+    assert reach == pytest.approx(max(share, DECLINE))
+
+
+def test_the_averaged_gradient_has_the_word_where_the_batch_says_less():
+    at = dict(nu=0.5, value=1.0, value_after=2.0)
+    assert after(**at, slope=-1.0, mean_slope=0.5) == after(**at, slope=-1.0, mean_slope=0.5)
+    assert after(**at, slope=0.5, mean_slope=0.5)[0] == pytest.approx(0.5 / 3)
+    assert after(**at, slope=0.5, mean_slope=1.5)[0] == pytest.approx(0.5)
+
+
+def test_a_step_along_which_the_loss_bends_down_or_not_at_all_is_made():
+    assert after(nu=0.3, value=1.0, value_after=-1.0, slope=1.0, mean_slope=1.0) == pytest.approx((1, 0.3))
+    rounding = np.float32(1e6) * (1 + 2**-23)
+    assert after(nu=1.0, value=1e6, value_after=rounding, slope=0.0, mean_slope=1e-9)[0] == 1
+
+
+@pytest.mark.parametrize("value_after", [np.nan, np.inf])
+def test_a_step_to_where_the_loss_is_not_finite_is_not_made(value_after):
+    share, reach = after(nu=0.5, value=1.0, value_after=value_after, slope=1.0, mean_slope=1.0)
+    assert share == 0
+    assert reach == pytest.approx(0.5 * DECLINE)
+
+
+def test_the_next_probe_is_a_little_longer_up_to_the_learning_rate():
+    before = kfqn.measured().before
+    assert before(jnp.float32(0.1), 1.0) == pytest.approx(0.1 * GROWTH)
+    assert before(jnp.float32(0.9), 1.0) == 1
+
+
+# In training
+
+model = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(3)])
+x = jax.random.normal(jax.random.key(0), (40, 6))
+target = jnp.stack([jnp.sin(x[:, 0]), x[:, 1] * x[:, 2], x[:, 3]], axis=1)
+variables = quick_jit(model.init)(jax.random.key(1), x)
+layers = kfqn.find_layers(model, variables, x)
+
+
+def train(tx, change=lambda loss: loss, steps=40):
+    """Losses of full-batch training, the last parameters, and the last state."""
+
+    def loss_fn(params):
+        return change(jnp.mean((model.apply({"params": params}, x) - target) ** 2))
+
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+
+    def step(carry, _):
+        params, opt_state = carry
+        loss, grads, curvature = value_and_grad(params)
+        updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
+        return (optax.apply_updates(params, updates), opt_state), (loss, kfqn.diagnostics(opt_state)["cap"])
+
+    @quick_jit
+    def run(params):
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=steps)
+
+    (params, opt_state), (losses, caps) = run(variables["params"])
+    return losses, caps, params, opt_state
+
+
+@every_method
+@pytest.mark.parametrize("learning_rate", [1.0, 1e3, 1e6])
+def test_no_learning_rate_makes_the_loss_explode(method, learning_rate):
+    losses, caps, _, _ = train(method(learning_rate, layers))
+    assert np.isfinite(losses).all()
+    assert losses.max() < 3 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
+    assert caps.min() < 1 or learning_rate == 1
+
+
+@every_method
+def test_a_constant_added_to_the_loss_changes_no_step(method):
+    plain = train(method(30.0, layers))
+    moved = train(method(30.0, layers), lambda loss: loss + 0.5)
+    np.testing.assert_allclose(plain[1][:8], moved[1][:8], rtol=0.05)
+    np.testing.assert_allclose(plain[0][:8], moved[0][:8] - 0.5, rtol=0.02)
+
+
+def test_a_step_never_goes_beyond_the_minimum_of_the_batch_along_it():
+    tx = kfqn.kbfgs(100.0, layers, momentum=0.0)
+    loss_fn = lambda params: jnp.mean((model.apply({"params": params}, x) - target) ** 2)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+    params, opt_state = variables["params"], tx.init(variables["params"])
+
+    @quick_jit
+    def step(params, opt_state):
+        _, grads, curvature = value_and_grad(params)
+        return tx.update(grads, opt_state, params, curvature=curvature)
+
+    checked = 0
+    for _ in range(15):
+        updates, opt_state = step(params, opt_state)
+        nearer = optax.tree.add_scale(params, 0.9, updates)
+        params = optax.apply_updates(params, updates)
+        if kfqn.diagnostics(opt_state)["cap"] < 0.01:  # where the loss is a parabola along the step
+            assert loss_fn(params) <= loss_fn(nearer) * (1 + 1e-3)
+            checked += 1
+    assert checked > 3
+
+
+def test_training_goes_on_after_steps_that_were_not_finite():
+    """Each refused step makes the next probe shorter, until one ends where the loss is finite."""
+    overflowing = lambda loss: jnp.cosh(jnp.sqrt(loss) * 10)
+    losses, _, _, opt_state = train(kfqn.kbfgs(1e4, layers), overflowing)
+    assert kfqn.diagnostics(opt_state)["rejected"] > 0
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+
+
+def test_a_constraint_of_the_users_own():
+    half = kfqn.NormConstraint(before=lambda reach, length: jnp.full_like(length, 0.5))
+    _, caps, _, _ = train(kfqn.kbfgs(0.1, layers, norm_constraint=half), steps=3)
+    np.testing.assert_array_equal(caps, 0.5)
