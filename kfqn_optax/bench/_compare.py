@@ -15,7 +15,7 @@ from kfqn_optax.bench._train import Budget, Run, compile_method, train_method
 def compare(
     problem: Problem,
     dataset: Dataset,
-    learning_rates: Mapping[str, float],
+    learning_rates: Mapping[str, Sequence[float]],
     *,
     paper: bool,
     seeds: Sequence[int],
@@ -23,15 +23,16 @@ def compare(
     budget: Budget,
     runs: list[Run],
 ) -> None:
-    """Train each method of ``learning_rates`` from each seed.
+    """Train each method at each of its ``learning_rates`` from each seed.
 
     The records are appended to ``runs`` as they start, so that the caller has them after an
     interrupt too.
     """
     train, test = jnp.asarray(dataset.train), jnp.asarray(dataset.test)
     with _progress() as progress:
-        total = progress.add_task("all runs", total=len(learning_rates) * len(seeds))
-        for name, learning_rate in learning_rates.items():
+        trials = [(name, rate) for name, rates in learning_rates.items() for rate in rates]
+        total = progress.add_task("all runs", total=len(trials) * len(seeds))
+        for name, learning_rate in trials:
             task = progress.add_task(f"{name}: compiling", total=1.0)
             recipe = METHODS[name].build(problem, learning_rate, paper)
             program = compile_method(problem, recipe, train, test, batch_size)

@@ -53,6 +53,13 @@ def half_squared_error(outputs: jax.Array, images: jax.Array) -> jax.Array:
     return optax.l2_loss(outputs, images).sum(axis=-1)
 
 
+def sample(image_loss: ImageLoss, key: jax.Array, outputs: jax.Array) -> jax.Array:
+    """Images drawn from the distribution of which ``image_loss`` is the negative log-likelihood."""
+    if image_loss is cross_entropy:
+        return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+    return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+
+
 def l2_term(params: Tree) -> jax.Array:
     """What the training loss adds: L2/2 times the squared norm of all kernels and biases."""
     return 0.5 * L2 * optax.tree.norm(params, squared=True)

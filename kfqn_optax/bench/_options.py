@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kfqn_optax.bench._errors import UserError
-from kfqn_optax.bench._methods import METHODS, learning_rate
+from kfqn_optax.bench._methods import COMPARED, METHODS, learning_rate
 from kfqn_optax.bench._problems import PROBLEMS
 
 DEFAULT_SECONDS = 60.0
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check; ``learning_rates`` then has one for each method asked for, in order."""
+    """Parse and check; ``learning_rates`` then has those of each method asked for, in order."""
     options = _parser().parse_args(arguments)
     given = dict(vars(options).pop("learning_rate"))
     for name in given:
@@ -22,7 +22,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--learning-rate {name}=...: {name} is not among --methods")
     paper = options.setting == "paper"
     options.learning_rates = {
-        name: given.get(name) or learning_rate(name, options.problem, paper) for name in options.methods
+        name: given.get(name) or [learning_rate(name, options.problem, paper)] for name in options.methods
     }
     if options.epochs is None and options.seconds is None:
         options.seconds = DEFAULT_SECONDS
@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add("--problem", type=_known(PROBLEMS), default="curves", help=", ".join(PROBLEMS))
     add("--data-dir", type=Path, metavar="DIR", help="folder of the MNIST files or orl_faces.npz")
-    add("--methods", type=_methods, default=list(METHODS), metavar="A,B", help=", ".join(METHODS))
+    among = f"of {', '.join(METHODS)} (default {','.join(COMPARED)})"
+    add("--methods", type=_methods, default=COMPARED, metavar="A,B", help=among)
     limit = parser.add_mutually_exclusive_group()
     add("--epochs", to=limit, type=_positive(int), metavar="N", help="epochs of each run")
     seconds = f"training seconds of each run (default {DEFAULT_SECONDS:g}, unless --epochs)"
@@ -54,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--target", type=_positive(float), metavar="LOSS", help=target)
     add("--seed", type=_seed, nargs="+", default=[0], metavar="N", help="one run each (default 0)")
     add("--batch-size", type=_positive(int), default=1000, metavar="N", help="default 1000")
-    rate = {"type": _assignment, "action": "append", "default": [], "metavar": "METHOD=VALUE"}
-    add("--learning-rate", help="may be repeated", **rate)
-    setting = "of kbfgs; paper: learning rate 0.3, damping 0.3, no cap on the update"
+    rate = {"type": _assignment, "action": "append", "default": [], "metavar": "METHOD=VALUE[,VALUE...]"}
+    add("--learning-rate", help="one run each; may be repeated for other methods", **rate)
+    setting = "of kbfgs, kbfgs_l, kfqn; paper: learning rate 0.3, damping 0.3, no cap on the update"
     add("--setting", choices=("default", "paper"), default="default", help=setting)
     out = "where the plot and the JSON go (default bench-results)"
     add("--out", type=Path, default=Path("bench-results"), metavar="DIR", help=out)
@@ -96,8 +97,8 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _assignment(text: str) -> tuple[str, float]:
-    name, equals, value = text.partition("=")
+def _assignment(text: str) -> tuple[str, list[float]]:
+    name, equals, values = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected METHOD=VALUE, for example sgd=0.1, got {text!r}")
-    return _known(METHODS)(name), _positive(float)(value)
+    return _known(METHODS)(name), [_positive(float)(value) for value in values.split(",")]

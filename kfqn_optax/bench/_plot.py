@@ -23,15 +23,15 @@ def save_plot(runs: Sequence[Run], title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(r.method for r in runs))}
+    colours = {trial: f"C{i}" for i, trial in enumerate(dict.fromkeys(map(_trial, runs)))}
     for axes, coordinate in ((left, "epochs"), (right, "seconds")):
         for run in runs:
-            _draw_run(axes, run, coordinate, colours[run.method])
+            _draw_run(axes, run, coordinate, colours[_trial(run)])
         axes.set_xlabel(coordinate)
         axes.grid(alpha=0.3, which="both")
     _label_losses(left)
-    for method, colour in colours.items():
-        right.plot([], [], color=colour, label=method)
+    for trial, colour in colours.items():
+        right.plot([], [], color=colour, label=trial)
     right.plot([], [], color="grey", label="training loss (with the L2 term)")
     right.plot([], [], color="grey", linestyle="--", label="test loss")
     if any(run.diverged_epoch is not None for run in runs):
@@ -39,6 +39,10 @@ def save_plot(runs: Sequence[Run], title: str, path: Path) -> None:
     right.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
+
+
+def _trial(run: Run) -> str:
+    return f"{run.method}, learning rate {run.learning_rate:g}"
 
 
 def _draw_run(axes: Any, run: Run, coordinate: str, colour: str) -> None:

@@ -18,6 +18,7 @@ from kfqn_optax.bench._models import (
     cross_entropy,
     half_squared_error,
     l2_term,
+    sample,
 )
 
 
@@ -45,6 +46,11 @@ class Problem(NamedTuple):
         """Mean loss of a batch, without the L2 term."""
         outputs: Any = self.model.apply({"params": params}, images)
         return self.image_loss(outputs, images).mean()
+
+    def sampled_loss(self, params: Tree, images: jax.Array, key: jax.Array) -> jax.Array:
+        """Mean loss of images drawn from the model's own predictions: KFAC's Fisher matrix."""
+        outputs: Any = self.model.apply({"params": params}, images)
+        return self.image_loss(outputs, jax.lax.stop_gradient(sample(self.image_loss, key, outputs))).mean()
 
 
 PROBLEMS = {

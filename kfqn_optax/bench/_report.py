@@ -19,14 +19,14 @@ _WIDTH = 160  # of the table where stdout is no terminal
 
 
 def print_table(runs: Sequence[Run], title: str, target: float | None) -> None:
-    """Print one row for each method. A diverged run counts as an infinite loss and is named."""
+    """Print one row for each method and learning rate. A diverged run counts as an infinite loss."""
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     columns = _columns(runs, target)
     for heading in columns:
         justify = "left" if heading in ("method", "remarks") else "right"
         table.add_column(heading, justify=justify, no_wrap=heading == "remarks")
-    for method in dict.fromkeys(run.method for run in runs):
-        group = [run for run in runs if run.method == method]
+    for trial in dict.fromkeys((run.method, run.learning_rate) for run in runs):
+        group = [run for run in runs if (run.method, run.learning_rate) == trial]
         table.add_row(*(cell(group) for cell in columns.values()))
     console = rich.console.Console(markup=False)  # a cell may hold [brackets]
     if not console.is_terminal:

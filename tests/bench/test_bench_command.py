@@ -7,7 +7,7 @@ import pytest
 import kfqn_optax as kfqn
 from kfqn_optax.bench import _plot
 from kfqn_optax.bench.__main__ import main
-from kfqn_optax.bench._methods import METHODS, Method, Recipe, learning_rate
+from kfqn_optax.bench._methods import COMPARED, METHODS, Method, Recipe, learning_rate
 
 
 def run(tmp_path, *arguments: str) -> int:
@@ -26,7 +26,7 @@ def test_table_json_and_plot_of_all_methods(small_curves, tmp_path, capsys):
     assert run(tmp_path, "--epochs", "2") == 0
     output = capsys.readouterr().out
     content = results(tmp_path)
-    assert [r["method"] for r in content["runs"]] == list(METHODS)
+    assert [r["method"] for r in content["runs"]] == COMPARED
     for record in content["runs"]:
         cells = row(output, record["method"])
         assert cells[1] == f"{METHODS[record['method']].learning_rates['curves']:g}"
@@ -65,6 +65,15 @@ def test_paper_setting_is_the_published_one(small, monkeypatch):
     METHODS["kbfgs"].build(small, learning_rate("kbfgs", "curves", True), True)
     assert learning_rate("kbfgs", "curves", True) == 0.3
     assert given == {"damping": 0.3, "norm_constraint": None}
+
+
+def test_each_learning_rate_given_is_a_row(small_curves, tmp_path, capsys):
+    options = ["--methods", "adam,sgd", "--learning-rate", "adam=1e-3,0.1", "--epochs", "1"]
+    assert run(tmp_path, *options) == 0
+    rates = [(r["method"], r["learning_rate"]) for r in results(tmp_path)["runs"]]
+    assert rates == [("adam", 1e-3), ("adam", 0.1), ("sgd", METHODS["sgd"].learning_rates["curves"])]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.split()[:1] == ["adam"]] == ["0.001", "0.1"]
 
 
 def test_target_is_shown(small_curves, tmp_path, capsys):
@@ -126,7 +135,7 @@ def test_interrupt_before_any_run_has_nothing_to_show(small_curves, tmp_path, ca
     ("arguments", "message"),
     [
         (["--problem", "faxes"], "unknown 'faxes'; known are curves, mnist, faces"),
-        (["--methods", "adam,lbfgs"], "unknown 'lbfgs'; known are kbfgs, sgd, adam"),
+        (["--methods", "adam,lbfgs"], "unknown 'lbfgs'; known are kbfgs, sgd, adam, kbfgs_l, kfqn, kfac"),
         (["--methods", ""], "unknown ''"),
         (["--learning-rate", "adam"], "METHOD=VALUE"),
         (["--learning-rate", "adam=fast"], "a number above 0, got 'fast'"),
