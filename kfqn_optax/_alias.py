@@ -26,7 +26,7 @@ def kbfgs(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
     *,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
@@ -45,8 +45,8 @@ def kbfgs(
     second moment of the layer's inputs, and H_g the inverse Hessian of the loss in its
     pre-activations. All other parameters take the averaged gradient times nu.
 
-    With ``norm_constraint=None``, the other defaults and :func:`warm_start`, this is the algorithm of
-    the paper to the letter.
+    With ``damping=0.3, norm_constraint=None`` and :func:`warm_start` this is the algorithm of the paper
+    to the letter.
 
     Args:
       learning_rate: a number or a schedule.
@@ -119,7 +119,7 @@ def kbfgs_l(
     *,
     memory: int = 100,
     limited_inputs: bool = False,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
@@ -136,7 +136,8 @@ def kbfgs_l(
     Args:
       learning_rate: a number or a schedule.
       layers: what :func:`find_layers` returned.
-      memory: how many pairs H_g is made of.
+      memory: how many pairs H_g is made of. Meant to be below the layers' widths: beyond, a square H_g
+        is smaller and faster.
       limited_inputs: make H_a of limited memory too, with the minibatch action of :func:`kfqn`, so that
         no square factor is stored at all.
       damping, norm_constraint, momentum, decay, mu1, weight_decay, mask, update_every, max_dim,
@@ -183,7 +184,7 @@ def kfqn(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
     *,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,
@@ -244,7 +245,7 @@ def kfac(
     learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
     *,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     norm_constraint: NormConstraint | float | None = MEASURED,
     momentum: float = 0.9,
     decay: float = 0.9,

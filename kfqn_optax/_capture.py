@@ -81,7 +81,8 @@ def value_and_grad(
       has_aux: whether ``loss_fn`` returns auxiliary data too, for example new batch statistics.
       forward: ``forward(params, *args, **kwargs)``, only for a loss that differentiates the model in
         forward mode (``jax.jvp``, ``jax.hessian``, ``jax.jacfwd``): the model applied to its inputs, any
-        output. The inputs' statistics are then taken there, in one more forward pass.
+        output. The inputs' statistics are then taken there, in one more forward pass. Also for a loss in
+        which a layer's output has no part itself, only its derivatives.
       sampled_loss: ``sampled_loss(params, *args, **kwargs)``, only for :func:`kfac` with the true Fisher
         matrix: the loss with labels drawn from the model's own predictions, a scalar without aux, in
         which the model is not differentiated in forward mode. Without it ``kfac`` uses the gradients of
@@ -286,8 +287,9 @@ def without_slots(params: Any) -> Any:
     """``params`` as given to ``value_and_grad``, for use inside ``loss_fn``.
 
     There the parameters hold the slots of the statistics too. Most losses need not care: the slots are
-    zeros, and add nothing to a penalty. A loss that combines the whole tree with another one (the
-    distance to older parameters, say) or counts its elements does.
+    zeros, and add nothing to a sum of squares. A loss does that combines the whole tree with another one
+    (the distance to older parameters, say), counts its elements, takes a norm of each leaf, or a penalty
+    whose derivative is not zero at 0: that derivative would be added to the statistics.
 
     Example:
       >>> import kfqn_optax as kfqn

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import safe_divide
 
-GROWTH, DECLINE = 1.25, 0.1
+START, GROWTH, DECLINE = 0.01, 1.25, 0.1
 
 
 class NormConstraint(NamedTuple):
@@ -17,16 +17,18 @@ class NormConstraint(NamedTuple):
 
     Attributes:
       before: ``before(reach, length) -> nu`` in (0, 1], with ``length`` = a^2 <M, D>; the second pass is
-        made at the end of the step -nu a D. ``reach`` is a number kept from step to step, 1 at first.
+        made at the end of the step -nu a D. ``reach`` is a number kept from step to step.
       after: ``after(nu, value, value_after, slope, mean_slope) -> (share, reach)``, the part of that step
         that is made and the reach from now on. ``value`` and ``value_after`` are the losses of the batch
         before the step and at its end, ``slope`` = nu a <g, D> and ``mean_slope`` = nu a <M, D> what it
         falls by to first order, by the gradient of the batch and by the averaged one. None for a
         constraint that need not know.
+      start: the reach before the first step.
     """
 
     before: Callable[[jax.Array, jax.Array], jax.Array]
     after: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    start: float = 1.0
 
 
 def measured() -> NormConstraint:
@@ -39,8 +41,9 @@ def measured() -> NormConstraint:
 
     of the step probed: the minimum is at a = <g, d> / c, and the averaged gradient has the word where
     this batch's says less. The next step is probed at 1.25 times the length made, up to the learning
-    rate, and at a tenth at least of the one before. A step at whose end the loss is not finite is not
-    made. Nothing here has a unit: a loss times a constant, or plus one, takes the same steps.
+    rate, and at a tenth at least of the one before; the first at a hundredth of the learning rate, since
+    the factors know nothing yet. A step at whose end the loss is not finite is not made. Nothing here
+    has a unit: a constant added to the loss changes no step.
 
     Example:
       >>> import kfqn_optax as kfqn
@@ -64,7 +67,7 @@ def measured() -> NormConstraint:
         share = jnp.where(jnp.isfinite(value_after), share, 0)
         return share, nu * jnp.maximum(share, DECLINE)
 
-    return NormConstraint(before, after)
+    return NormConstraint(before, after, START)
 
 
 MEASURED = measured()

@@ -54,7 +54,7 @@ def scale_by_kfqn(
     input_side: Callable[[Layer], Side],
     output_side: Callable[[Layer], Side],
     probe_step: optax.ScalarOrSchedule,
-    damping: optax.ScalarOrSchedule = 0.3,
+    damping: optax.ScalarOrSchedule = 0.1,
     momentum: float = 0.9,
     norm_constraint: NormConstraint | float | None = MEASURED,
     update_every: int = 1,
@@ -127,7 +127,7 @@ def scale_by_kfqn(
                 for layer in present
             },
             cap=jnp.ones([], jnp.float32),
-            reach=jnp.ones([], jnp.float32),
+            reach=jnp.full([], constraint.start, jnp.float32),
             rejected=jnp.zeros([], jnp.int32),
         )
 
