@@ -82,14 +82,14 @@ def kbfgs(
       >>> def loss_fn(params, x):
       ...     return jnp.mean((model.apply({"params": params}, x)[:, 0] - x.sum(1)) ** 2)
       >>> value_and_grad = kfqn.value_and_grad(loss_fn, layers)
-      >>> tx = kfqn.kbfgs(learning_rate=0.3, layers=layers)
+      >>> tx = kfqn.kbfgs(learning_rate=1.0, layers=layers)
       >>> opt_state = tx.init(params)
       >>> @jax.jit
       ... def train_step(params, opt_state, x):
       ...     loss, grads, curvature = value_and_grad(params, x)
       ...     updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
       ...     return optax.apply_updates(params, updates), opt_state, loss
-      >>> for _ in range(60):
+      >>> for _ in range(100):
       ...     params, opt_state, loss = train_step(params, opt_state, x)
       >>> bool(loss < 1e-3)
       True

@@ -60,6 +60,22 @@ class Curvature:
         value, statistics = self._statistics_at(moved, vectors or {})
         return Curvature(value, moved, statistics, self._statistics_at)
 
+    def slope(self, end: "Curvature", grads: chex.ArrayTree) -> jax.Array:
+        """<grads, params - end.params>, what the loss falls by on the way to ``end`` to first order.
+
+        With the parameters as they are, rounded to their dtype; without those masked in ``grads``.
+        """
+        products = jax.tree.map(
+            lambda g, p, q: (
+                jnp.zeros([]) if is_masked(g) else jnp.vdot(g, jnp.asarray(p - q, g.dtype)).real
+            ),
+            as_arrays(grads),
+            as_arrays(self.params),
+            as_arrays(end.params),
+            is_leaf=is_masked,
+        )
+        return sum(jax.tree.leaves(products), start=jnp.zeros([]))
+
 
 def value_and_grad(
     loss_fn: Callable[..., Any],

@@ -162,10 +162,9 @@ def scale_by_kfqn(
             done = on_outputs("apply", outputs, {k: v.mT for k, v in rows_done.items()})
             direction = set_matrices(present, average, {k: v.mT for k, v in done.items()})
             direction = jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
-            mean_slope = step * _inner(average, direction)
-            slope = step * _inner(updates, direction)
-            sane &= jnp.isfinite(mean_slope)
-            nu = constraint.before(state.reach, step * mean_slope)
+            slope = _inner(average, direction)
+            sane &= jnp.isfinite(slope)
+            nu = constraint.before(state.reach, step**2 * slope)
             direction = jax.tree.map(lambda d: jnp.where(sane, nu * d, 0), direction)
 
         def refresh(inputs, outputs):
@@ -181,8 +180,8 @@ def scale_by_kfqn(
             measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
             share, reach = jnp.ones_like(nu), state.reach
             if constraint.after is not None:
-                values = curvature.value, end.value
-                share, reach = constraint.after(nu, *values, nu * slope, nu * mean_slope)
+                slopes = curvature.slope(end, updates), curvature.slope(end, average)
+                share, reach = constraint.after(nu, curvature.value, end.value, *slopes)
                 reach = jnp.where(sane, reach, state.reach).astype(state.reach.dtype)
             return inputs, outputs, all_finite(measured), share.astype(nu.dtype), reach
 

@@ -201,7 +201,7 @@ def test_bfloat16_parameters_are_trained():
         train_step = quick_jit(narrow.step(kfqn.kbfgs(1.0, narrow.layers)))
         params, state = narrow.params, kfqn.kbfgs(1.0, narrow.layers).init(narrow.params)
         losses = []
-        for _ in range(10):
+        for _ in range(40):
             params, state, (loss, _) = train_step(params, state, batch(0, "float32"))
             losses.append(loss)
     assert dtypes(params) == {"bfloat16"}
