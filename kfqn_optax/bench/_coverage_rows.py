@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import kfqn_optax as kfqn
 from kfqn_optax.bench import _coverage_models as models
+from kfqn_optax.bench import _coverage_nnx as nnx_models
 from kfqn_optax.bench._quick import quick_jit
 
 
@@ -20,18 +22,25 @@ class Problem(NamedTuple):
       loss_fn: ``(params, state) -> (loss, state)``; the batch is part of it.
       params, state: where training starts; the state is that of batch norm, or empty.
       layers: the layers found.
-      forward: as in :func:`kfqn_optax.value_and_grad`.
+      forward, sampled_loss: as in :func:`kfqn_optax.value_and_grad`.
+      model: an NNX model to change in place, which ``loss_fn(model)`` takes instead of params and state.
     """
 
-    loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]]
+    loss_fn: Callable[..., tuple[jax.Array, Any]]
     params: Any
     state: Any
     layers: kfqn.Layers
     forward: Callable[[Any, Any], Any] | None = None
+    sampled_loss: Callable[[Any, Any], jax.Array] | None = None
+    model: nnx.Module | None = None
 
 
-def supervised(model: nn.Module, x: jax.Array, error: Callable[[Any], jax.Array]) -> Problem:
-    """A linen model on one batch; ``error`` takes its outputs."""
+def supervised(model: Any, x: jax.Array, error: Callable[[Any], jax.Array]) -> Problem:
+    """A model on one batch; ``error`` takes its outputs."""
+    return of_nnx(model, x, error) if isinstance(model, nnx.Module) else of_linen(model, x, error)
+
+
+def of_linen(model: nn.Module, x: jax.Array, error: Callable[[Any], jax.Array]) -> Problem:
     variables = quick_jit(model.init)(jax.random.key(0), x)
     params, state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
@@ -42,11 +51,22 @@ def supervised(model: nn.Module, x: jax.Array, error: Callable[[Any], jax.Array]
     return Problem(loss_fn, params, state, kfqn.find_layers(model, variables, x, mutable=list(state)))
 
 
+def of_nnx(model: nnx.Module, x: jax.Array, error: Callable[[Any], jax.Array]) -> Problem:
+    """The functional style of NNX; the state is what is no parameter."""
+    graphdef, params, state = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params, state):
+        model = kfqn.merge(graphdef, params, state)
+        return error(model(x)), nnx.state(model, nnx.Not(nnx.Param))
+
+    return Problem(loss_fn, params, state, kfqn.find_layers(model, x))
+
+
 def labelled(outputs: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
 
 
-def classifier(model: nn.Module, *shape: int) -> Problem:
+def classifier(model: Any, *shape: int) -> Problem:
     """One of four classes for each example, by how large its first numbers are."""
     x = jax.random.normal(jax.random.key(1), (32, *shape))
     score = x.reshape(32, -1)[:, :2]
@@ -54,14 +74,14 @@ def classifier(model: nn.Module, *shape: int) -> Problem:
     return supervised(model, x, lambda outputs: labelled(outputs.astype(jnp.float32), labels))
 
 
-def language(model: nn.Module) -> Problem:
+def language(model: Any) -> Problem:
     """The next of 12 tokens in sequences that count upwards in steps of 1, 2 or 3."""
     start = jnp.arange(16)[:, None]
     ids = (start + (1 + start % 3) * jnp.arange(9)[None]) % 12
     return supervised(model, ids[:, :-1], lambda outputs: labelled(outputs, ids[:, 1:]))
 
 
-def images(model: nn.Module) -> Problem:
+def images(model: Any) -> Problem:
     """Images of 8x8 waves from their two amplitudes."""
     codes, grid = jax.random.normal(jax.random.key(1), (32, 2)), jnp.arange(8)
     basis = jnp.stack([jnp.sin(grid[:, None] + grid[None]), jnp.cos(grid[:, None] - grid[None])])
@@ -92,12 +112,46 @@ def poisson(forward_mode: bool) -> Problem:
         residual = jax.vmap(second, (None, 0))(params, points) + jnp.pi**2 * jnp.sin(jnp.pi * points)
         return jnp.mean(residual**2), state
 
-    forward = (lambda params, _: jax.vmap(u, (None, 0))(params, points)) if forward_mode else None
-    return Problem(
-        loss_fn, variables["params"], {}, kfqn.find_layers(model, variables, points[:1]), forward
-    )
+    def forward(params, state):
+        del state
+        return jax.vmap(u, (None, 0))(params, points)
+
+    def sampled_loss(params, state):
+        """Half the squared distance of u to normal samples around it."""
+        outputs = forward(params, state)
+        drawn = jax.lax.stop_gradient(outputs) + jax.random.normal(jax.random.key(3), outputs.shape)
+        return jnp.mean((outputs - drawn) ** 2) / 2
+
+    layers = kfqn.find_layers(model, variables, points[:1])
+    problem = Problem(loss_fn, variables["params"], {}, layers)
+    return problem._replace(forward=forward, sampled_loss=sampled_loss) if forward_mode else problem
 
 
+def in_place(rngs: nnx.Rngs) -> Problem:
+    """A regression by a model that changes in place."""
+    model, x = nnx_models.normed_mlp(rngs), jax.random.normal(jax.random.key(1), (32, 8))
+    loss_fn = lambda model: (jnp.mean((model(x) - jnp.sin(2 * x[:, :4])) ** 2), None)
+    return Problem(loss_fn, nnx.state(model, nnx.Param), {}, kfqn.find_layers(model, x), model=model)
+
+
+NNX_ROWS: dict[str, Callable[[nnx.Rngs], Problem]] = {
+    "MLP": lambda rngs: classifier(nnx_models.mlp(rngs), 8),
+    "CNN, batch norm": lambda rngs: classifier(nnx_models.normed(rngs), 6, 6, 2),
+    "ConvTranspose decoder": lambda rngs: images(nnx_models.decoder(rngs)),
+    "LinearGeneral and Einsum heads": lambda rngs: classifier(nnx_models.heads(rngs), 6),
+    "GRU": lambda rngs: language(nnx_models.Recurrent(rngs)),
+    "transformer block": lambda rngs: language(
+        nnx_models.Transformer(rngs, nnx_models.Block(rngs), nnx_models.called)
+    ),
+    "transformer, nnx.scan over 3": lambda rngs: language(
+        nnx_models.Transformer(rngs, nnx_models.stacked(nnx_models.Block, 3), nnx_models.scanned)
+    ),
+    "transformer, nnx.scan of nnx.remat": lambda rngs: language(
+        nnx_models.Transformer(rngs, nnx_models.stacked(nnx_models.Block, 3), nnx_models.scanned_remat)
+    ),
+    "ensemble, nnx.vmap over 3": lambda rngs: classifier(nnx_models.Ensemble(), 8),
+    "MLP, batch norm, nnx.Optimizer in nnx.jit": in_place,
+}
 ROWS: dict[str, Callable[[], Problem]] = {
     "MLP": lambda: classifier(models.mlp(), 8),
     "autoencoder": autoencoder,
@@ -123,4 +177,5 @@ ROWS: dict[str, Callable[[], Problem]] = {
     "WeightNorm, ConvLocal, Dense": lambda: classifier(models.Partly(), 8),
     "PINN, grad of grad": lambda: poisson(forward_mode=False),
     "PINN, hessian": lambda: poisson(forward_mode=True),
+    **{f"NNX: {name}": lambda row=row: row(nnx.Rngs(0)) for name, row in NNX_ROWS.items()},
 }

@@ -13,17 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 import kfqn_optax as kfqn
 from kfqn_optax.bench._coverage_rows import ROWS, Problem
 from kfqn_optax.bench._quick import quick_jit
 
-DAMPING = 0.1
+LEARNING_RATE, DAMPING = 1.0, 0.1
 METHODS: dict[str, Callable[[kfqn.Layers], optax.GradientTransformationExtraArgs]] = {
-    "kbfgs": lambda layers: kfqn.kbfgs(0.3, layers, damping=DAMPING),
-    "kbfgs_l": lambda layers: kfqn.kbfgs_l(0.3, layers, memory=10, damping=DAMPING),
-    "kfqn": lambda layers: kfqn.kfqn(0.3, layers, damping=DAMPING),
-    "kfac": lambda layers: kfqn.kfac(0.3, layers, damping=DAMPING),
+    "kbfgs": lambda layers: kfqn.kbfgs(LEARNING_RATE, layers, damping=DAMPING),
+    "kbfgs_l": lambda layers: kfqn.kbfgs_l(LEARNING_RATE, layers, memory=10, damping=DAMPING),
+    "kfqn": lambda layers: kfqn.kfqn(LEARNING_RATE, layers, damping=DAMPING),
+    "kfac": lambda layers: kfqn.kfac(LEARNING_RATE, layers, damping=DAMPING),
 }
 
 
@@ -32,8 +33,21 @@ def train(
 ) -> tuple[float, float, int]:
     """The loss before and after ``steps`` steps, and how many of the steps were left out."""
     value_and_grad = kfqn.value_and_grad(
-        problem.loss_fn, problem.layers, has_aux=True, forward=problem.forward
+        problem.loss_fn,
+        problem.layers,
+        has_aux=True,
+        forward=problem.forward,
+        sampled_loss=problem.sampled_loss,
     )
+    if problem.model is not None:
+        losses, opt_state = train_model(problem.model, value_and_grad, tx, steps)
+    else:
+        losses, opt_state = train_params(problem, value_and_grad, tx, steps)
+    return float(losses[0]), float(losses[-1]), int(kfqn.diagnostics(opt_state)["rejected"])
+
+
+def train_params(problem: Problem, value_and_grad: Any, tx: Any, steps: int) -> tuple[jax.Array, Any]:
+    """The losses, the last one after the last step, and the optimizer's state."""
 
     def step(carry, _):
         params, state, opt_state = carry
@@ -43,13 +57,26 @@ def train(
 
     def run(params, state):
         start = (params, state, tx.init(params))
-        trained: Any = jax.lax.scan(step, start, None, length=steps)
-        (params, state, opt_state), losses = trained
+        (params, state, opt_state), losses = jax.lax.scan(step, start, None, length=steps)
         last, _ = problem.loss_fn(params, state)
-        return jnp.append(losses, last), kfqn.diagnostics(opt_state)["rejected"]
+        return jnp.append(losses, last), opt_state
 
-    losses, rejected = quick_jit(run)(problem.params, problem.state)
-    return float(losses[0]), float(losses[-1]), int(rejected)
+    return quick_jit(run)(problem.params, problem.state)
+
+
+def train_model(model: nnx.Module, value_and_grad: Any, tx: Any, steps: int) -> tuple[list[jax.Array], Any]:
+    """The same in the NNX style in which the model and an ``nnx.Optimizer`` change in place."""
+    model = nnx.clone(model)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        (loss, _), grads, curvature = value_and_grad(model)
+        optimizer.update(model, grads, curvature=curvature)
+        return loss
+
+    losses = [step(model, optimizer) for _ in range(steps + 1)]
+    return losses, optimizer.opt_state
 
 
 def cell(problem: Problem, method: str, steps: int) -> str:

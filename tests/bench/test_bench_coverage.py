@@ -2,27 +2,47 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from kfqn_optax.bench import coverage
 from kfqn_optax.bench._coverage_rows import ROWS
 
 
 def test_a_cell_shows_a_falling_loss_and_a_row_what_is_preconditioned(capsys):
-    rows = ["--rows", "batch norm", "hessian"]
+    rows = ["--rows", "WeightNorm", "NNX: CNN"]
     assert coverage.main([*rows, "--methods", "kfqn", "--steps", "4"]) == 0
     heading, rule, *body = capsys.readouterr().out.splitlines()
     assert heading == "| model | parameters preconditioned | kfqn |"
     assert re.fullmatch(r"(\|---)+\|", rule)
     assert [line.split(" | ")[:2] for line in body] == [
-        ["| CNN, batch norm", "1,028 of 1,044"],
-        ["| PINN, hessian", "193 of 193"],
+        ["| WeightNorm, ConvLocal, Dense", "516 of 1,188"],
+        ["| NNX: CNN, batch norm", "1,028 of 1,044"],
     ]
     assert {line.count("|") for line in (heading, rule, *body)} == {4}
     for line in body:
         for cell in line.strip("| ").split(" | ")[2:]:
             first, last = cell.split(" → ")
             assert float(last) < float(first)
+
+
+def test_a_model_that_changes_in_place_is_trained():
+    problem = ROWS["NNX: MLP, batch norm, nnx.Optimizer in nnx.jit"]()
+    before = jax.tree.map(jnp.copy, nnx.state(problem.model))
+    first, last, rejected = coverage.train(problem, coverage.METHODS["kfqn"](problem.layers), 10)
+    assert last < 0.7 * first
+    assert rejected == 0
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(problem.model), before)
+
+
+def test_kfac_measures_the_gradients_of_a_forward_mode_loss_on_samples():
+    problem = ROWS["PINN, hessian"]()
+    assert "ValueError" in coverage.cell(problem._replace(sampled_loss=None), "kfac", 1)
+    first, last, _ = coverage.train(problem, coverage.METHODS["kfac"](problem.layers), 10)
+    assert last < 0.5 * first
 
 
 def test_a_cell_tells_a_failure_and_a_loss_that_rises(capsys, monkeypatch):
