@@ -18,14 +18,15 @@ def double_damping(
 
     First Powell's damping on H: with q = y^T H y and s^T y <= mu1 q,
     s <- th s + (1 - th) H y, th = (1 - mu1) q / (q - s^T y). Then on the identity: with
-    s^T y <= mu2 s^T s, y <- th y + (1 - th) s, th = (1 - mu2) s^T s / (s^T s - s^T y).
+    s^T y <= mu2 s^T s, y <- th y + (1 - th) s, th = (1 - mu2) s^T s / (s^T s - s^T y), a convex
+    combination for mu2 < 1. From mu2 = 1 on, where it would not be one, y <- y + (mu2 - s^T y / s^T s) s.
 
     Args:
       s: change of the mean pre-activations. (d,).
       y: change of the pre-activation gradient. (d,).
       hy: H y. (d,).
       mu1: first constant, in (0, 1).
-      mu2: second constant, square root of the damping; convex combinations need mu2 < 1.
+      mu2: second constant, square root of the damping.
 
     Returns:
       The damped s and y. The first inequality holds for the y given, the second for the pair returned.
@@ -36,13 +37,15 @@ def double_damping(
       >>> kfqn.double_damping(s, y, hy=y, mu1=0.2, mu2=0.5)[1].round(4)  # raised to mu2 s^T s
       Array([0.5, 0. ], dtype=float32)
 
-    Source: Goldfarb, Ren, Bahamou 2020, Algorithm 2, with the constants of the authors' program.
+    Source: Goldfarb, Ren, Bahamou 2020, Algorithm 2, with the constants of the authors' program; what is
+    done from mu2 = 1 on is not in the paper.
     """
     s = _powell(s, y, hy, mu1)
     ss, sy = s @ s, s @ y
     theta = safe_divide((1 - mu2) * ss, ss - sy)
-    y = jnp.where(sy <= mu2 * ss, theta * y + (1 - theta) * s, y)
-    return s, y
+    combined = theta * y + (1 - theta) * s
+    raised = y + (mu2 - safe_divide(sy, ss)) * s
+    return s, jnp.where(sy <= mu2 * ss, jnp.where(mu2 < 1, combined, raised), y)
 
 
 def _powell(s: jax.Array, y: jax.Array, hy: jax.Array, mu1: float | jax.Array) -> jax.Array:

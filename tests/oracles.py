@@ -46,6 +46,8 @@ def double_damping(h, s, y, mu1, mu2):
     """Powell's damping on H, then the same on the identity: s^T y >= mu2 s^T s."""
     s = powell(h, s, y, mu1)
     if s @ s > 0 and s @ y <= mu2 * s @ s:
+        if mu2 >= 1:
+            return s, y + (mu2 - s @ y / (s @ s)) * s
         theta = (1 - mu2) * s @ s / (s @ s - s @ y)
         y = theta * y + (1 - theta) * s
     return s, y

@@ -147,7 +147,15 @@ def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, rng):
         close(ours[1][i], expected[1], 1e-10)
 
 
-@pytest.mark.parametrize("mu2", [0.05, 0.5, 0.95])
+def test_double_damping_from_one_on_raises_the_curvature_no_further_than_asked(rng):
+    """A combination of s and y would not be convex there, and huge for a pair about as curved as I."""
+    s, y = jnp.array([1.0, 0.0]), jnp.array([0.999, 0.5])
+    s_new, y_new = kfqn.double_damping(s, y, hy=y, mu1=0.2, mu2=2.5)
+    close(s_new, s)
+    close(y_new, [2.5, 0.5])
+
+
+@pytest.mark.parametrize("mu2", [0.05, 0.5, 0.95, 1.0, 2.5, 40.0])
 def test_double_damping_bounds_the_curvature_on_both_sides(mu2, rng):
     """s~^T y >= mu1 y^T H y with the y given, and s~^T y~ >= mu2 s~^T s~ with the pair returned."""
     h, mu1 = positive_definite(rng), 0.2

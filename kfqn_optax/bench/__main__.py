@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
             problem,
             dataset,
             options.learning_rates,
-            paper=options.setting == "paper",
+            setting=options.setting,
             seeds=options.seed,
             batch_size=options.batch_size,
             budget=Budget(options.epochs, options.seconds, options.target),

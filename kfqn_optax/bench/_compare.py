@@ -7,7 +7,7 @@ import rich.console
 import rich.progress as bars
 
 from kfqn_optax.bench._datasets import Dataset
-from kfqn_optax.bench._methods import METHODS
+from kfqn_optax.bench._methods import METHODS, SETTINGS
 from kfqn_optax.bench._problems import Problem
 from kfqn_optax.bench._train import Budget, Run, compile_method, train_method
 
@@ -17,7 +17,7 @@ def compare(
     dataset: Dataset,
     learning_rates: Mapping[str, Sequence[float]],
     *,
-    paper: bool,
+    setting: str,
     seeds: Sequence[int],
     batch_size: int,
     budget: Budget,
@@ -34,7 +34,7 @@ def compare(
         total = progress.add_task("all runs", total=len(trials) * len(seeds))
         for name, learning_rate in trials:
             task = progress.add_task(f"{name}: compiling", total=1.0)
-            recipe = METHODS[name].build(problem, learning_rate, paper)
+            recipe = METHODS[name].build(problem, learning_rate, SETTINGS[setting])
             program = compile_method(problem, recipe, train, test, batch_size)
             for seed in seeds:
                 run = Run(name, seed, learning_rate, program.steps_per_epoch, program.compile_seconds)

@@ -28,24 +28,32 @@ class Recipe(NamedTuple):
     ]
 
 
+Settings = Mapping[str, Any]
+SETTINGS: dict[str, Settings] = {
+    "default": {},
+    "constrained": {"damping": 0.3},
+    "paper": {"damping": 0.3, "norm_constraint": None},
+}
+
+
 class Method(NamedTuple):
     """A recipe and its learning rates.
 
     Attributes:
-      build: ``(problem, learning_rate, paper) -> Recipe``; ``paper``: in the published setting.
+      build: ``(problem, learning_rate, settings) -> Recipe``; ``settings``: one of ``SETTINGS``.
       learning_rates: for each problem the best of those tried, see README.md.
       paper_learning_rate: the published one, where there is a published setting.
     """
 
-    build: Callable[[Problem, float, bool], Recipe]
+    build: Callable[[Problem, float, Settings], Recipe]
     learning_rates: Mapping[str, float]
     paper_learning_rate: float | None = None
 
 
-def learning_rate(name: str, problem: str, paper: bool) -> float:
+def learning_rate(name: str, problem: str, setting: str) -> float:
     """The learning rate a method uses unless the user gives one."""
     method = METHODS[name]
-    if paper and method.paper_learning_rate is not None:
+    if setting != "default" and method.paper_learning_rate is not None:
         return method.paper_learning_rate
     return method.learning_rates[problem]
 
@@ -59,19 +67,18 @@ def _first_order(problem: Problem, tx: optax.GradientTransformation) -> Recipe:
     return Recipe(lambda params, batches: tx.init(params), step)
 
 
-def _sgd(problem: Problem, learning_rate: float, paper: bool) -> Recipe:
+def _sgd(problem: Problem, learning_rate: float, settings: Settings) -> Recipe:
     return _first_order(problem, optax.sgd(learning_rate, momentum=0.9))
 
 
-def _adam(problem: Problem, learning_rate: float, paper: bool) -> Recipe:
+def _adam(problem: Problem, learning_rate: float, settings: Settings) -> Recipe:
     return _first_order(problem, optax.adam(learning_rate))
 
 
-def _kfqn(name: str) -> Callable[[Problem, float, bool], Recipe]:
-    """The optimizer of this name with its default settings, or those of the paper."""
+def _kfqn(name: str) -> Callable[[Problem, float, Settings], Recipe]:
+    """The optimizer of this name."""
 
-    def build(problem: Problem, learning_rate: float, paper: bool) -> Recipe:
-        settings: dict[str, Any] = {"damping": 0.3, "norm_constraint": None} if paper else {}
+    def build(problem: Problem, learning_rate: float, settings: Settings) -> Recipe:
         make = functools.partial(getattr(kfqn, name), learning_rate, **settings)
         return _second_order(problem, make, sampled=name == "kfac")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kfqn_optax.bench._errors import UserError
-from kfqn_optax.bench._methods import COMPARED, METHODS, learning_rate
+from kfqn_optax.bench._methods import COMPARED, METHODS, SETTINGS, learning_rate
 from kfqn_optax.bench._problems import PROBLEMS
 
 DEFAULT_SECONDS = 60.0
@@ -20,9 +20,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in given:
         if name not in options.methods:
             raise UserError(f"--learning-rate {name}=...: {name} is not among --methods")
-    paper = options.setting == "paper"
     options.learning_rates = {
-        name: given.get(name) or [learning_rate(name, options.problem, paper)] for name in options.methods
+        name: given.get(name) or [learning_rate(name, options.problem, options.setting)]
+        for name in options.methods
     }
     if options.epochs is None and options.seconds is None:
         options.seconds = DEFAULT_SECONDS
@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive(int), default=1000, metavar="N", help="default 1000")
     rate = {"type": _assignment, "action": "append", "default": [], "metavar": "METHOD=VALUE[,VALUE...]"}
     add("--learning-rate", help="one run each; may be repeated for other methods", **rate)
-    setting = "of kbfgs, kbfgs_l, kfqn; paper: learning rate 0.3, damping 0.3, no cap on the update"
-    add("--setting", choices=("default", "paper"), default="default", help=setting)
+    setting = "paper: learning rate and damping 0.3, no norm constraint; constrained: with the default one"
+    add("--setting", choices=SETTINGS, default="default", help=f"of our methods; {setting}")
     out = "where the plot and the JSON go (default bench-results)"
     add("--out", type=Path, default=Path("bench-results"), metavar="DIR", help=out)
     return parser

@@ -7,7 +7,7 @@ import pytest
 import kfqn_optax as kfqn
 from kfqn_optax.bench import _plot
 from kfqn_optax.bench.__main__ import main
-from kfqn_optax.bench._methods import COMPARED, METHODS, Method, Recipe, learning_rate
+from kfqn_optax.bench._methods import COMPARED, METHODS, SETTINGS, Method, Recipe, learning_rate
 
 
 def run(tmp_path, *arguments: str) -> int:
@@ -42,15 +42,16 @@ def test_table_json_and_plot_of_all_methods(small_curves, tmp_path, capsys):
 def test_options_reach_the_runs(small_curves, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def build(problem, learning_rate, paper):
-        asked.append((learning_rate, paper))
-        return METHODS["adam"].build(problem, 1e-3, paper)
+    def build(problem, learning_rate, settings):
+        asked.append((learning_rate, settings))
+        return METHODS["adam"].build(problem, 1e-3, settings)
 
     monkeypatch.setitem(METHODS, "new", Method(build, {"curves": 7.0}, paper_learning_rate=8.0))
     for options in ([], ["--setting", "paper"], ["--setting", "paper", "--learning-rate", "new=9"]):
         options += ["--methods", "new", "--epochs", "1", "--seed", "3", "4", "5"]
         assert run(tmp_path, *options) == 0
-    assert asked == [(7, False), (8, True), (9, True)]
+    paper = SETTINGS["paper"]
+    assert asked == [(7, {}), (8, paper), (9, paper)]
     content = results(tmp_path)
     assert content["settings"]["setting"] == "paper"
     runs = [(r["method"], r["seed"], r["learning_rate"]) for r in content["runs"]]
@@ -62,8 +63,8 @@ def test_options_reach_the_runs(small_curves, tmp_path, capsys, monkeypatch):
 def test_paper_setting_is_the_published_one(small, monkeypatch):
     given = {}
     monkeypatch.setattr(kfqn, "kbfgs", lambda *args, **settings: given.update(settings))
-    METHODS["kbfgs"].build(small, learning_rate("kbfgs", "curves", True), True)
-    assert learning_rate("kbfgs", "curves", True) == 0.3
+    METHODS["kbfgs"].build(small, learning_rate("kbfgs", "curves", "paper"), SETTINGS["paper"])
+    assert learning_rate("kbfgs", "curves", "paper") == 0.3
     assert given == {"damping": 0.3, "norm_constraint": None}
 
 
@@ -98,8 +99,8 @@ def test_diverged_runs_are_shown(small_curves, tmp_path, capsys):
 def interrupt(at_step: int) -> Method:
     """Adam, with Ctrl-C pressed when a certain step begins to be compiled or the start is made."""
 
-    def build(problem, learning_rate, paper):
-        adam = METHODS["adam"].build(problem, learning_rate, paper)
+    def build(problem, learning_rate, settings):
+        adam = METHODS["adam"].build(problem, learning_rate, settings)
         starts = []
 
         def init(params, batches):

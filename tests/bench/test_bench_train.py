@@ -14,7 +14,7 @@ BATCH = 25  # of 110 images: 4 steps an epoch
 
 @pytest.fixture(scope="module")
 def programs(small) -> dict[str, Program]:
-    return {name: compiled(small, METHODS[name].build(small, 1e-2, False)) for name in METHODS}
+    return {name: compiled(small, METHODS[name].build(small, 1e-2, {})) for name in METHODS}
 
 
 def compiled(small, recipe: Recipe) -> Program:
@@ -93,7 +93,7 @@ def test_seconds_end_a_run_within_an_epoch(programs):
 
 
 def test_evaluation_is_not_timed_and_the_start_is(small, monkeypatch):
-    adam = METHODS["adam"].build(small, 1e-2, False)
+    adam = METHODS["adam"].build(small, 1e-2, {})
 
     def slow_start(params, batches):
         time.sleep(0.2)
@@ -118,7 +118,7 @@ def test_target_ends_a_run(programs):
 
 
 def test_divergence_is_recorded_and_ends_the_run(small):
-    program = compiled(small, METHODS["sgd"].build(small, 1e30, False))
+    program = compiled(small, METHODS["sgd"].build(small, 1e30, {}))
     run = trained(program, Budget(6, None, None))
     assert run.diverged_epoch == 1
     assert run.steps <= 4
@@ -127,7 +127,7 @@ def test_divergence_is_recorded_and_ends_the_run(small):
 
 
 def test_divergence_in_the_last_step_of_an_epoch_is_found_by_the_evaluation(small):
-    adam = METHODS["adam"].build(small, 1e-2, False)
+    adam = METHODS["adam"].build(small, 1e-2, {})
 
     def step(params, opt_state, images):
         count, state = opt_state
