@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import safe_divide
 
-START, GROWTH, DECLINE = 0.01, 1.25, 0.1
+START, GROWTH, DECLINE, PATIENCE = 0.01, 1.25, 0.1, 0.3
 
 
 class NormConstraint(NamedTuple):
@@ -32,18 +32,21 @@ class NormConstraint(NamedTuple):
 
 
 def measured() -> NormConstraint:
-    """No step goes beyond the minimum of its batch's loss along it, as the second pass measured it.
+    """Steps end about where the loss of their batch is least along them, as the second pass measured it.
 
-    With d = nu D the loss of the batch along the step is L - a <g, d> + c a^2 / 2, and the second pass
-    tells c a^2 / 2 = L(end) - L + a <g, d>. If it is positive, the step made is the share
+    With d = nu D, the loss of the batch along the step is taken for the parabola
+    L - t a <g, d> + t^2 bend, t from 0 to 1, and the second pass tells bend = L(end) - L + a <g, d>. If it
+    is positive, the step made is the share
 
-    min(1, a max(<g, d>, <M, d>) / (c a^2))
+    t = min(1, a max(<g, d>, <M, d>) / (2 bend))
 
-    of the step probed: the minimum is at a = <g, d> / c, and the averaged gradient has the word where
-    this batch's says less. The next step is probed at 1.25 times the length made, up to the learning
-    rate, and at a tenth at least of the one before; the first at a hundredth of the learning rate, since
-    the factors know nothing yet. A step at whose end the loss is not finite is not made. Nothing here
-    has a unit: a constant added to the loss changes no step.
+    of the step probed. The averaged gradient has the word where this batch's says less, but only for 0.3
+    of the step if the loss rose along it. The loss where the step made ends is not measured again.
+
+    The next step is probed at 1.25 times the length made, up to the learning rate, and at a tenth at
+    least of the one before; the first at a hundredth of the learning rate, since the factors know nothing
+    yet. A step at whose end the loss is not finite is not made. Nothing here has a unit: a constant added
+    to the loss changes no step.
 
     Example:
       >>> import kfqn_optax as kfqn
@@ -62,7 +65,9 @@ def measured() -> NormConstraint:
         value, value_after = jnp.asarray(value), jnp.asarray(value_after)
         bend = value_after - value + slope
         rounding = 4 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(value_after))
-        share = jnp.minimum(1, safe_divide(jnp.maximum(slope, mean_slope), 2 * bend))
+        minimum, mean_minimum = (safe_divide(x, 2 * bend) for x in (slope, mean_slope))
+        mean_minimum = jnp.where(value_after > value, jnp.minimum(mean_minimum, PATIENCE), mean_minimum)
+        share = jnp.clip(jnp.maximum(minimum, mean_minimum), 0, 1)
         share = jnp.where(bend > rounding, share, 1)
         share = jnp.where(jnp.isfinite(value_after), share, 0)
         return share, nu * jnp.maximum(share, DECLINE)

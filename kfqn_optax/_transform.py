@@ -160,7 +160,8 @@ def scale_by_kfqn(
             matrices = get_matrices(present, average)
             rows_done = on_inputs("apply", inputs, matrices)
             done = on_outputs("apply", outputs, {k: v.mT for k, v in rows_done.items()})
-            direction = set_matrices(present, average, {k: v.mT for k, v in done.items()})
+            done = {k: _falling(matrices[k], v.mT) for k, v in done.items()}
+            direction = set_matrices(present, average, done)
             direction = jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
             slope = _inner(average, direction)
             sane &= jnp.isfinite(slope)
@@ -314,6 +315,12 @@ def _start(on_inputs, on_outputs, inputs, outputs, l_a, l_g):
     waiting = (on_inputs("starting", inputs), on_outputs("starting", outputs))
     due = jnp.stack([flag.any() for flag in jax.tree.leaves(waiting)]).any()
     return jax.lax.cond(due, start, lambda inputs, outputs: (inputs, outputs), inputs, outputs)
+
+
+def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
+    """The direction D of one layer, and M itself where rounding made a factor indefinite: <M, D> < 0."""
+    slope = (matrix * direction).sum((-2, -1), keepdims=True)
+    return jnp.where(slope < 0, matrix, direction)
 
 
 def _inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:

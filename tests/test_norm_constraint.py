@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax._norm_constraint import DECLINE, GROWTH
+from kfqn_optax._norm_constraint import DECLINE, GROWTH, PATIENCE
 from kfqn_optax.bench._quick import quick_jit
 
 METHODS = [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfqn.kfac]
@@ -30,10 +30,16 @@ def test_the_step_made_ends_at_the_minimum_of_a_parabola_or_before(gradient, ben
 
 
 def test_the_averaged_gradient_has_the_word_where_the_batch_says_less():
-    at = dict(nu=0.5, value=1.0, value_after=2.0)
-    assert after(**at, slope=-1.0, mean_slope=0.5) == after(**at, slope=-1.0, mean_slope=0.5)
-    assert after(**at, slope=0.5, mean_slope=0.5)[0] == pytest.approx(0.5 / 3)
-    assert after(**at, slope=0.5, mean_slope=1.5)[0] == pytest.approx(0.5)
+    fell, rose = dict(nu=1.0, value=1.0, value_after=0.9), dict(nu=1.0, value=1.0, value_after=2.0)
+    assert after(**fell, slope=0.2, mean_slope=0.1)[0] == pytest.approx(1)
+    assert after(**fell, slope=1.0, mean_slope=0.1)[0] == pytest.approx(1 / 1.8)
+    assert after(**fell, slope=1.0, mean_slope=1.2)[0] == pytest.approx(1.2 / 1.8)
+    assert after(**rose, slope=0.5, mean_slope=0.6)[0] == pytest.approx(0.6 / 3)
+    assert after(**rose, slope=0.5, mean_slope=500.0)[0] == pytest.approx(PATIENCE)
+
+
+def test_a_share_is_never_negative():
+    assert after(nu=1.0, value=75.6, value_after=92.2, slope=-4.9, mean_slope=-6.4)[0] == 0
 
 
 def test_a_step_along_which_the_loss_bends_down_or_not_at_all_is_made():
@@ -133,6 +139,22 @@ def test_training_goes_on_after_steps_that_were_not_finite():
     assert kfqn.diagnostics(opt_state)["rejected"] > 0
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
+
+
+def test_an_indefinite_factor_does_not_stop_training():
+    """The layer takes the averaged gradient until its factor is sound again."""
+    tx = kfqn.kbfgs(0.3, layers)
+    loss_fn = lambda params: jnp.mean((model.apply({"params": params}, x) - target) ** 2)
+    _, grads, curvature = kfqn.value_and_grad(loss_fn, layers)(variables["params"])
+    ours, *rest = tx.init(variables["params"])
+    side = ours.outputs["layers_0"]
+    spoilt = ours.outputs | {"layers_0": side._replace(factor=-side.factor)}
+    updates, state = tx.update(
+        grads, (ours._replace(outputs=spoilt), *rest), variables["params"], curvature=curvature
+    )
+    average, kernel = state[0].momentum["layers_0"]["kernel"], updates["layers_0"]["kernel"]
+    np.testing.assert_allclose(kernel, -0.3 * state[0].cap * average, rtol=1e-5)
+    assert state[0].cap > 0
 
 
 def test_a_constraint_of_the_users_own():
