@@ -9,11 +9,11 @@ import pytest
 FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 SECONDS = 300  # for one cell; a notebook takes well under a minute on a free machine
 
-every_notebook = pytest.mark.parametrize("name", ["quickstart", "how_it_works"])
+every_notebook = pytest.mark.parametrize("name", ["quickstart", "how_it_works", "pinn", "paper_problems"])
 
 
 def test_there_is_no_other_notebook():
-    assert len(list(FOLDER.glob("*.ipynb"))) == 2
+    assert len(list(FOLDER.glob("*.ipynb"))) == 4
 
 
 @every_notebook
