@@ -14,7 +14,7 @@ from kfqn_optax.bench._coverage_rows import ROWS
 
 def test_a_cell_shows_a_falling_loss_and_a_row_what_is_preconditioned(capsys):
     rows = ["--rows", "WeightNorm", "NNX: CNN"]
-    assert coverage.main([*rows, "--methods", "kfqn", "--steps", "4"]) == 0
+    assert coverage.main([*rows, "--methods", "kfqn", "--steps", "20"]) == 0
     heading, rule, *body = capsys.readouterr().out.splitlines()
     assert heading == "| model | parameters preconditioned | kfqn |"
     assert re.fullmatch(r"(\|---)+\|", rule)
@@ -32,7 +32,7 @@ def test_a_cell_shows_a_falling_loss_and_a_row_what_is_preconditioned(capsys):
 def test_a_model_that_changes_in_place_is_trained():
     problem = ROWS["NNX: MLP, batch norm, nnx.Optimizer in nnx.jit"]()
     before = jax.tree.map(jnp.copy, nnx.state(problem.model))
-    first, last, rejected = coverage.train(problem, coverage.METHODS["kfqn"](problem.layers), 10)
+    first, last, rejected = coverage.train(problem, coverage.METHODS["kfqn"](problem.layers), 25)
     assert last < 0.7 * first
     assert rejected == 0
     jax.tree.map(np.testing.assert_array_equal, nnx.state(problem.model), before)
@@ -41,7 +41,7 @@ def test_a_model_that_changes_in_place_is_trained():
 def test_kfac_measures_the_gradients_of_a_forward_mode_loss_on_samples():
     problem = ROWS["PINN, hessian"]()
     assert "ValueError" in coverage.cell(problem._replace(sampled_loss=None), "kfac", 1)
-    first, last, _ = coverage.train(problem, coverage.METHODS["kfac"](problem.layers), 10)
+    first, last, _ = coverage.train(problem, coverage.METHODS["kfac"](problem.layers), 25)
     assert last < 0.5 * first
 
 
