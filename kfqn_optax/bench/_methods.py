@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 Settings = Mapping[str, Any]
 SETTINGS: dict[str, Settings] = {
     "default": {},
-    "constrained": {"damping": 0.3},
+    "capped": {"damping": 0.3, "norm_constraint": 3.0},
     "paper": {"damping": 0.3, "norm_constraint": None},
 }
 
@@ -116,11 +116,11 @@ def _second_order(
 
 
 METHODS = {
-    "kbfgs": Method(_kfqn("kbfgs"), {"curves": 1.0, "mnist": 1.0, "faces": 1.0}, 0.3),
-    "sgd": Method(_sgd, {"curves": 0.01, "mnist": 0.003, "faces": 0.003}),
-    "adam": Method(_adam, {"curves": 1e-3, "mnist": 1e-3, "faces": 3e-4}),
-    "kbfgs_l": Method(_kfqn("kbfgs_l"), {"curves": 1.0, "mnist": 1.0, "faces": 1.0}, 0.3),
-    "kfqn": Method(_kfqn("kfqn"), {"curves": 1.0, "mnist": 1.0, "faces": 1.0}, 0.3),
-    "kfac": Method(_kfqn("kfac"), {"curves": 1.0, "mnist": 1.0, "faces": 1.0}),
+    "kbfgs": Method(_kfqn("kbfgs"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}, 0.3),
+    "sgd": Method(_sgd, {"curves": 0.003, "mnist": 0.003, "faces": 0.003}),
+    "adam": Method(_adam, {"curves": 3e-3, "mnist": 3e-3, "faces": 3e-4}),
+    "kbfgs_l": Method(_kfqn("kbfgs_l"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}, 0.3),
+    "kfqn": Method(_kfqn("kfqn"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}, 0.3),
+    "kfac": Method(_kfqn("kfac"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}),
 }
 COMPARED = ["kbfgs", "sgd", "adam"]  # unless the user names methods

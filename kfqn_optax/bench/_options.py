@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive(int), default=1000, metavar="N", help="default 1000")
     rate = {"type": _assignment, "action": "append", "default": [], "metavar": "METHOD=VALUE[,VALUE...]"}
     add("--learning-rate", help="one run each; may be repeated for other methods", **rate)
-    setting = "paper: learning rate and damping 0.3, no norm constraint; constrained: with the default one"
+    setting = "paper: learning rate and damping 0.3, no norm constraint; capped: with one of 3"
     add("--setting", choices=SETTINGS, default="default", help=f"of our methods; {setting}")
     out = "where the plot and the JSON go (default bench-results)"
     add("--out", type=Path, default=Path("bench-results"), metavar="DIR", help=out)
