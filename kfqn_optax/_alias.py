@@ -6,19 +6,19 @@ from typing import Any
 import chex
 import optax
 
-from kfqn_optax._bfgs import bfgs
+from kfqn_optax._capture.layers import LONG_MEMORY, MAX_DIM, Layer, Layers
 from kfqn_optax._constants import check_constants
-from kfqn_optax._damping import double_damping, dp_dlm
-from kfqn_optax._diagonal import diagonal
-from kfqn_optax._factor import InverseFactor
-from kfqn_optax._hessian_action import hessian_action
-from kfqn_optax._kfac import fisher
-from kfqn_optax._layers import LONG_MEMORY, MAX_DIM, Layer, Layers
-from kfqn_optax._lbfgs import lbfgs
-from kfqn_optax._minibatch_action import minibatch_action
-from kfqn_optax._norm_constraint import MEASURED, NormConstraint
-from kfqn_optax._secant import DampingRule, secant
-from kfqn_optax._side import Side, identity
+from kfqn_optax._sides.bfgs import bfgs
+from kfqn_optax._sides.damping import double_damping, dp_dlm
+from kfqn_optax._sides.diagonal import diagonal
+from kfqn_optax._sides.factor import InverseFactor
+from kfqn_optax._sides.fisher import fisher
+from kfqn_optax._sides.hessian_action import hessian_action
+from kfqn_optax._sides.lbfgs import lbfgs
+from kfqn_optax._sides.minibatch_action import minibatch_action
+from kfqn_optax._sides.secant import DampingRule, secant
+from kfqn_optax._sides.side import Side, identity
+from kfqn_optax._steps.measured import MEASURED, NormConstraint
 from kfqn_optax._transform import scale_by_kfqn
 
 

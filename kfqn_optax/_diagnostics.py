@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._nnx import as_arrays
+from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
 

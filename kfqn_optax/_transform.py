@@ -10,19 +10,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfqn_optax._capture import Curvature
-from kfqn_optax._constants import check_constants
-from kfqn_optax._layers import (
+from kfqn_optax._capture.curvature import Curvature
+from kfqn_optax._capture.layers import (
     Layer,
     Layers,
     get_matrices,
     layers_within,
     set_matrices,
 )
-from kfqn_optax._norm_constraint import MEASURED, NormConstraint, as_constraint
+from kfqn_optax._capture.statistics import Statistics
+from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import all_finite, ema, select
-from kfqn_optax._side import Side
-from kfqn_optax._statistics import Statistics
+from kfqn_optax._over_layers import copied, each
+from kfqn_optax._sides.side import Side
+from kfqn_optax._steps.measured import MEASURED, NormConstraint, as_constraint
 
 
 class ScaleByKfqnState(NamedTuple):
@@ -119,11 +120,11 @@ def scale_by_kfqn(
             count=jnp.zeros([], jnp.int32),
             momentum=jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params),
             inputs={
-                layer.name: _copied(layer, input_sides[layer.name].init(layer.rows, dtype_of(layer)))
+                layer.name: copied(layer, input_sides[layer.name].init(layer.rows, dtype_of(layer)))
                 for layer in present
             },
             outputs={
-                layer.name: _copied(layer, output_sides[layer.name].init(layer.out_dim, dtype_of(layer)))
+                layer.name: copied(layer, output_sides[layer.name].init(layer.out_dim, dtype_of(layer)))
                 for layer in present
             },
             cap=jnp.ones([], jnp.float32),
@@ -148,8 +149,8 @@ def scale_by_kfqn(
 
         l_a = scaled_root(lambda layer: layer.positions**-0.5)
         l_g = scaled_root(lambda layer: layer.positions**0.5)
-        on_inputs = functools.partial(_each, present, input_sides)
-        on_outputs = functools.partial(_each, present, output_sides)
+        on_inputs = functools.partial(each, present, input_sides)
+        on_outputs = functools.partial(each, present, output_sides)
 
         with jax.default_matmul_precision(precision):
             average = jax.tree.map(lambda m, g: ema(m, g, momentum), state.momentum, updates)
@@ -171,7 +172,7 @@ def scale_by_kfqn(
         def refresh(inputs, outputs):
             with jax.default_matmul_precision(precision):
                 asking = Layers(tuple(x for x in present if input_sides[x.name].query), (), "")
-                vectors = _each(asking, input_sides, "query", inputs, _of_inputs(before))
+                vectors = each(asking, input_sides, "query", inputs, _of_inputs(before))
             probe = jax.tree.map(lambda d: -step * d, direction)
             end = curvature.after(probe, _homogeneous(asking, layers, vectors))
             after = _view(present, end.statistics, dtype_of)
@@ -222,48 +223,6 @@ def _wide(leaf: Any) -> Any:
 
 def _at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     return jnp.asarray(value(count) if callable(value) else value)
-
-
-def _copied(layer: Layer, state: Any) -> Any:
-    """The state of one copy, repeated over the layer's copies."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, layer.copies + leaf.shape), state)
-
-
-def _each(
-    layers: Layers, sides: dict[str, Side], function: str, *arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """For each layer one function of its side, over all copies; arguments are found by layer name.
-
-    Layers with the same side and shapes are stacked and done as one: a deep model of equal blocks
-    compiles, and launches, as few kernels as a single block.
-    """
-    groups: dict[Any, list[tuple[Layer, Any]]] = {}
-    for layer in layers:
-        given = [_over_copies(layer, argument[layer.name]) for argument in arguments]
-        leaves, structure = jax.tree.flatten(given)
-        key = (id(sides[layer.name]), structure, *((x.shape, x.dtype) for x in leaves))
-        groups.setdefault(key, []).append((layer, given))
-    values = {}
-    for members in groups.values():
-        first, given = members[0]
-        mapped = getattr(sides[first.name], function)
-        for _ in first.copies:
-            mapped = jax.vmap(mapped)
-        if len(members) == 1:
-            values[first.name] = mapped(*given)
-            continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(given for _, given in members))
-        together = jax.vmap(mapped)(*stacked)
-        for i, (layer, _) in enumerate(members):
-            values[layer.name] = jax.tree.map(operator.itemgetter(i), together)
-    return values
-
-
-def _over_copies(layer: Layer, argument: Any) -> Any:
-    """Scalars are the same for all copies."""
-    return jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, layer.copies) if leaf.ndim == 0 else leaf, argument
-    )
 
 
 def _view(

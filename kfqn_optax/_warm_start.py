@@ -7,9 +7,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._capture import ValueAndGrad
-from kfqn_optax._hessian_action import GIVEN, HessianActionState
-from kfqn_optax._nnx import as_arrays, assign, is_model, jit_with_models
+from kfqn_optax._capture.curvature import ValueAndGrad
+from kfqn_optax._capture.nnx import as_arrays, assign, is_model, jit_with_models
+from kfqn_optax._sides.hessian_action import GIVEN, HessianActionState
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
 

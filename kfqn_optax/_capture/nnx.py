@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kfqn_optax._forms import Form, Unsupported, layer_of, layers_of
-from kfqn_optax._layers import Layer, Layers, Path, leaves_by_path
-from kfqn_optax._nnx_forms import (
+from kfqn_optax._capture.forms import Form, Unsupported, layer_of, layers_of
+from kfqn_optax._capture.layers import Layer, Layers, Path, leaves_by_path
+from kfqn_optax._capture.nnx_forms import (
     BASES,
     form_of,
     form_of_any_call,
@@ -33,7 +33,7 @@ from kfqn_optax._nnx_forms import (
     stacked_axes,
     sums_of,
 )
-from kfqn_optax._tap import SLOT, Slot, add_virtual_bias, tap
+from kfqn_optax._capture.tap import SLOT, Slot, add_virtual_bias, tap
 
 _as_pure: Callable[[Any], Any] = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 # Gradients of some of a model's variables need the graph mode, whatever the user has set it to.
@@ -42,7 +42,7 @@ _GRAPH: dict[str, Any] = {name: True for name in ("graph", "graph_updates") if n
 jit_with_models = nnx.jit
 _WRAPPERS = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
 
-# Part of JAX's trace-cache key, as in ``_linen.py``.
+# Part of JAX's trace-cache key, as in ``linen.py``.
 _tracing = jax.make_user_context(None)
 _searches = itertools.count()
 
@@ -238,7 +238,7 @@ def _zeros(layer: Layer) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def tapping(bias_only: bool = False) -> Iterator[None]:
-    """Within this context, layers with a slot send their output through it, as in ``_linen.tapping``."""
+    """Within this context, layers with a slot send their output through it, as in ``linen.tapping``."""
     before = _local.bias_only
     _local.bias_only = bias_only
     try:

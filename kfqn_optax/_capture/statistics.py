@@ -18,7 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._layers import Layer, Layers, get_matrices, to_front
+from kfqn_optax._capture.layers import Layer, Layers, get_matrices, to_front
 from kfqn_optax._numerics import safe_divide
 
 

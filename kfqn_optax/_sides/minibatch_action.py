@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._factor import InverseFactor, PairCounts, no_pairs, take_pair
 from kfqn_optax._numerics import all_finite, select
-from kfqn_optax._side import Side
+from kfqn_optax._sides.factor import InverseFactor, PairCounts, no_pairs, take_pair
+from kfqn_optax._sides.side import Side
 
 
 class MinibatchActionState(NamedTuple):

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import _bfgs
 from kfqn_optax._constants import check_constants
-from kfqn_optax._factor import PairCounts, no_pairs, take_pair
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
-from kfqn_optax._side import Side
+from kfqn_optax._sides import bfgs as _bfgs
+from kfqn_optax._sides.factor import PairCounts, no_pairs, take_pair
+from kfqn_optax._sides.side import Side
 
 EMPTY, GIVEN, RUNNING = 0, 1, 2
 

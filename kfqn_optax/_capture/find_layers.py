@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from kfqn_optax._capture.layers import MAX_DIM, Layers
+from kfqn_optax._capture.linen import find_layers as find_linen_layers
+from kfqn_optax._capture.nnx import find_layers as find_nnx_layers
+from kfqn_optax._capture.nnx import is_model
 from kfqn_optax._constants import check_constants
-from kfqn_optax._layers import MAX_DIM, Layers
-from kfqn_optax._linen import find_layers as find_linen_layers
-from kfqn_optax._nnx import find_layers as find_nnx_layers
-from kfqn_optax._nnx import is_model
 
 
 def find_layers(

@@ -43,7 +43,7 @@ class Layer:
       kernel_order: the order of its axes that puts groups first, then inputs, then outputs.
       bias_order: the same for the bias: groups first, then outputs.
       kernel_shape, bias_shape: shapes of the parameters, stacked axes included.
-      slot_shapes: shapes of the slot's leaves, stacked axes included (see ``_tap.py``).
+      slot_shapes: shapes of the slot's leaves, stacked axes included (see ``tap.py``).
       dtype: dtype of the statistics and factors, float32 or wider.
     """
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._forms import (
+from kfqn_optax._capture.forms import (
     Form,
     Unsupported,
     convolution_form,
@@ -17,7 +17,7 @@ from kfqn_optax._forms import (
     form_sums,
     linear_form,
 )
-from kfqn_optax._tap import Slot
+from kfqn_optax._capture.tap import Slot
 
 
 def form_of(

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax import _bfgs
+from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
-from kfqn_optax._factor import PairCounts, no_pairs
-from kfqn_optax._hessian_action import EMPTY, RUNNING
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
-from kfqn_optax._side import Side
-from kfqn_optax._statistics import Statistics
+from kfqn_optax._sides import bfgs as _bfgs
+from kfqn_optax._sides.factor import PairCounts, no_pairs
+from kfqn_optax._sides.hessian_action import EMPTY, RUNNING
+from kfqn_optax._sides.side import Side
 
 
 class FisherState(NamedTuple):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax._norm_constraint import DECLINE, GROWTH, PATIENCE
+from kfqn_optax._steps.measured import DECLINE, GROWTH, PATIENCE
 from kfqn_optax.bench._quick import quick_jit
 
 METHODS = [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfqn.kfac]

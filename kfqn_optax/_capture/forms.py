@@ -7,8 +7,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._layers import Layer, Layers, Path
-from kfqn_optax._tap import OutputAxes, Slot, convolution_sums, dense_sums, embedding_sums, slot_shapes
+from kfqn_optax._capture.layers import Layer, Layers, Path
+from kfqn_optax._capture.tap import (
+    OutputAxes,
+    Slot,
+    convolution_sums,
+    dense_sums,
+    embedding_sums,
+    slot_shapes,
+)
 
 
 class Unsupported(Exception):  # noqa: N818 (caught and turned into a reason in the table)

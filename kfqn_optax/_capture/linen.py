@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfqn_optax._capture.forms import Form, Unsupported, layer_of, layers_of
+from kfqn_optax._capture.layers import MAX_DIM, Layer, Layers, Path, leaves_by_path
+from kfqn_optax._capture.linen_forms import form_of, sums_of
+from kfqn_optax._capture.tap import SLOT, add_virtual_bias, tap
 from kfqn_optax._constants import check_constants
-from kfqn_optax._forms import Form, Unsupported, layer_of, layers_of
-from kfqn_optax._layers import MAX_DIM, Layer, Layers, Path, leaves_by_path
-from kfqn_optax._linen_forms import form_of, sums_of
-from kfqn_optax._tap import SLOT, add_virtual_bias, tap
 
 _BASES = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Embed)
 _CALLS = {base: inspect.unwrap(base.__call__) for base in _BASES}

@@ -7,8 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._factor import InverseFactor
 from kfqn_optax._numerics import one_by_one, safe_divide
+from kfqn_optax._sides.factor import InverseFactor
 
 
 def init(dim: int, dtype: Any, scale: chex.Numeric = 1.0) -> jax.Array:

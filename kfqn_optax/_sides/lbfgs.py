@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
-from kfqn_optax._factor import InverseFactor
 from kfqn_optax._numerics import one_by_one
+from kfqn_optax._sides.factor import InverseFactor
 
 
 class LbfgsState(NamedTuple):

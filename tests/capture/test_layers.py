@@ -16,7 +16,7 @@ import pytest
 import zoo
 
 import kfqn_optax as kfqn
-from kfqn_optax._layers import get_matrices, set_matrices
+from kfqn_optax._capture.layers import get_matrices, set_matrices
 from kfqn_optax.bench._quick import quick_jit
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.Embed)

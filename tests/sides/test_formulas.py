@@ -10,10 +10,10 @@ import oracles
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax import _bfgs
-from kfqn_optax._factor import no_pairs, take_pair
-from kfqn_optax._hessian_action import EMPTY, GIVEN, RUNNING
-from kfqn_optax._statistics import Statistics
+from kfqn_optax._capture.statistics import Statistics
+from kfqn_optax._sides import bfgs as _bfgs
+from kfqn_optax._sides.factor import no_pairs, take_pair
+from kfqn_optax._sides.hessian_action import EMPTY, GIVEN, RUNNING
 from kfqn_optax.bench._quick import quick_jit
 
 D = 5

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
-from kfqn_optax._factor import InverseFactor, PairCounts, no_pairs, take_pair
 from kfqn_optax._numerics import all_finite, ema
-from kfqn_optax._side import Side
+from kfqn_optax._sides.factor import InverseFactor, PairCounts, no_pairs, take_pair
+from kfqn_optax._sides.side import Side
 
 DampingRule = Callable[..., tuple[jax.Array, jax.Array]]
 

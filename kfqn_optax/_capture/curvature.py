@@ -8,12 +8,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._layers import Layers, check_parameters, is_masked, put
-from kfqn_optax._linen import tapping
-from kfqn_optax._nnx import ModelCall, as_arrays, is_model, is_state
-from kfqn_optax._nnx import tapping as nnx_tapping
-from kfqn_optax._statistics import Statistics, normalise
-from kfqn_optax._tap import SLOT
+from kfqn_optax._capture.layers import Layers, check_parameters, is_masked, put
+from kfqn_optax._capture.linen import tapping
+from kfqn_optax._capture.nnx import ModelCall, as_arrays, is_model, is_state
+from kfqn_optax._capture.nnx import tapping as nnx_tapping
+from kfqn_optax._capture.statistics import Statistics, normalise
+from kfqn_optax._capture.tap import SLOT
 
 
 class Curvature:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
-from kfqn_optax._factor import PairCounts, no_pairs
 from kfqn_optax._numerics import all_finite, ema
-from kfqn_optax._side import Side
+from kfqn_optax._sides.factor import PairCounts, no_pairs
+from kfqn_optax._sides.side import Side
 
 
 class DiagonalState(NamedTuple):

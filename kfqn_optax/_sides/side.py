@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._factor import PairCounts, no_pairs
-from kfqn_optax._statistics import Statistics
+from kfqn_optax._capture.statistics import Statistics
+from kfqn_optax._sides.factor import PairCounts, no_pairs
 
 
 def _observe(state: Any, statistics: Statistics, damping: jax.Array) -> Any:

@@ -1,0 +1,52 @@
+"""One function of a side over all layers and their copies; equal shapes are done as one."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._capture.layers import Layer, Layers
+from kfqn_optax._sides.side import Side
+
+
+def copied(layer: Layer, state: Any) -> Any:
+    """The state of one copy, repeated over the layer's copies."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, layer.copies + leaf.shape), state)
+
+
+def each(
+    layers: Layers, sides: dict[str, Side], function: str, *arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """For each layer one function of its side, over all copies; arguments are found by layer name.
+
+    Layers with the same side and shapes are stacked and done as one: a deep model of equal blocks
+    compiles, and launches, as few kernels as a single block.
+    """
+    groups: dict[Any, list[tuple[Layer, Any]]] = {}
+    for layer in layers:
+        given = [_over_copies(layer, argument[layer.name]) for argument in arguments]
+        leaves, structure = jax.tree.flatten(given)
+        key = (id(sides[layer.name]), structure, *((x.shape, x.dtype) for x in leaves))
+        groups.setdefault(key, []).append((layer, given))
+    values = {}
+    for members in groups.values():
+        first, given = members[0]
+        mapped = getattr(sides[first.name], function)
+        for _ in first.copies:
+            mapped = jax.vmap(mapped)
+        if len(members) == 1:
+            values[first.name] = mapped(*given)
+            continue
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(given for _, given in members))
+        together = jax.vmap(mapped)(*stacked)
+        for i, (layer, _) in enumerate(members):
+            values[layer.name] = jax.tree.map(operator.itemgetter(i), together)
+    return values
+
+
+def _over_copies(layer: Layer, argument: Any) -> Any:
+    """Scalars are the same for all copies."""
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, layer.copies) if leaf.ndim == 0 else leaf, argument
+    )

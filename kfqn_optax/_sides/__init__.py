@@ -1,0 +1,1 @@
+"""The two sides of a layer's preconditioner: how H_a and H_g are kept."""

@@ -1,0 +1,1 @@
+"""How far a step goes along its direction."""
