@@ -10,17 +10,27 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "damping": (lambda x: x > 0, "positive; the papers use 0.3, and less for losses with small gradients"),
     "decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "learning_rate": (lambda x: x >= 0, "at least 0"),
+    "every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+    "floor": (lambda x: x > 0, "positive"),
+    "ceiling": (lambda x: x > 0, "positive"),
     "inverse_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "max_dim": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "memory": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "mu1": (lambda x: 0 < x < 1, "in (0, 1)"),
-    "norm_constraint": (lambda x: x > 0, "positive, or None for no constraint"),
+    "others_decay": (lambda x: 0 <= x < 1, "in [0, 1), or None for the plain gradient"),
     "probe_step": (lambda x: x >= 0, "at least 0"),
+    "rate": (lambda x: 0 < x <= 1, "in (0, 1], 1 for a fixed damping"),
+    "rows": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all"),
+    "statistics_rows": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all"),
+    "step_rule": (
+        lambda x: x > 0,
+        "positive, None for the papers' step, or a rule like kfqn.measured()",
+    ),
     "update_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
 }
-_ABSENT = (("max_dim", None), ("norm_constraint", None))
-_STATIC = ("max_dim", "memory")
+_MAY_BE_NONE = ("max_dim", "others_decay", "rows", "statistics_rows", "step_rule")
+_STATIC = ("max_dim", "memory", "rows", "statistics_rows")
 
 
 def check_constants(*, call: str = "kfqn", **constants: Any) -> None:
@@ -29,7 +39,7 @@ def check_constants(*, call: str = "kfqn", **constants: Any) -> None:
     Schedules, and values that are only known at run time, pass; but not as a length of an array.
     """
     for name, value in constants.items():
-        if not callable(value) and (name, value) not in _ABSENT:
+        if not callable(value) and not (value is None and name in _MAY_BE_NONE):
             _check(call, name, value)
 
 

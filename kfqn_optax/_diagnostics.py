@@ -22,8 +22,9 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
 
       * ``"count"``: updates made, ``"rejected"``: those that were left out because a number was not
         finite;
-      * ``"cap"``: nu of the norm constraint in the last update, 1 if it was not active and 0 if the
-        update was left out;
+      * ``"damping"`` of the last update, ``"share"``: the part of the proposed step that was made in it, 0
+        if it was left out; ``"rule"``: the numbers that the step rule keeps, such as ``"cap"`` of
+        :func:`measured`, or ``"alpha"``, ``"mu"`` and ``"ratio"`` of :func:`quadratic`;
       * ``"layers"``: for each layer name ``{"input": ..., "output": ...}``, each with ``"taken"``,
         ``"damped"`` and ``"skipped"`` (numbers of pairs), ``"ratio"`` (s^T y / y^T H y of the last
         pair before damping) and ``"norm"`` (Frobenius norm of the factor's arrays). Layers with
@@ -55,7 +56,15 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
                 "output": _side(state.outputs[name]),
             }
     first = found[0]
-    return {"count": first.count, "rejected": first.rejected, "cap": first.cap, "layers": layers}
+    rule = first.rule._asdict() if hasattr(first.rule, "_asdict") else {}
+    return {
+        "count": first.count,
+        "rejected": first.rejected,
+        "damping": first.damping,
+        "share": first.share,
+        "rule": {name: value for name, value in rule.items() if getattr(value, "ndim", None) == 0},
+        "layers": layers,
+    }
 
 
 def _side(side: Any) -> dict[str, jax.Array]:

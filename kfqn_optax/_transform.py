@@ -1,4 +1,9 @@
-"""``scale_by_kfqn``: the Kronecker-factored quasi-Newton method as an Optax transformation."""
+"""``scale_by_kfqn``: the Kronecker-factored quasi-Newton method as an Optax transformation.
+
+A step, in the order of the functions below: the sides observe the batch (``_observe``), M is scaled to the
+direction (``_precondition``), the step rule says how far to go, the sides that ask for it see the batch
+again at the end of that step (``_second_pass``), and the rule decides how much of it is made (``_review``).
+"""
 
 import functools
 import operator
@@ -11,19 +16,16 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._capture.layers import (
-    Layer,
-    Layers,
-    get_matrices,
-    layers_within,
-    set_matrices,
-)
+from kfqn_optax._capture.layers import Layer, Layers, get_matrices, layers_within, set_matrices
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import all_finite, ema, select
+from kfqn_optax._numerics import all_finite, ema, safe_divide, select
 from kfqn_optax._over_layers import copied, each
+from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
-from kfqn_optax._steps.measured import MEASURED, NormConstraint, as_constraint
+from kfqn_optax._steps.capped import as_rule
+from kfqn_optax._steps.measured import MEASURED
+from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, inner
 
 
 class ScaleByKfqnState(NamedTuple):
@@ -31,22 +33,74 @@ class ScaleByKfqnState(NamedTuple):
 
     Attributes:
       count: how many times ``update`` was called.
-      momentum: moving average of the gradient, shaped like the parameters.
+      momentum: moving average of the gradient, shaped like the parameters; None without momentum.
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
-      cap: the factor nu <= 1 by which the norm constraint shortened the last step.
-      reach: what the norm constraint keeps from step to step.
+      others: of the parameters that belong to no layer, if they have a diagonal factor; None otherwise.
+      rule: what the step rule keeps.
+      damping: the damping of the last step.
+      share: the part of the proposed step that was made in the last update.
       rejected: how many steps were left out because a gradient, the direction, or the loss or statistics
         after the step were not finite; their update was zero.
     """
 
     count: jax.Array
-    momentum: chex.ArrayTree
+    momentum: chex.ArrayTree | None
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    cap: jax.Array
-    reach: jax.Array
+    others: others.OthersState | None
+    rule: Any
+    damping: jax.Array
+    share: jax.Array
     rejected: jax.Array
+
+
+class _Method(NamedTuple):
+    """What the user chose, by layer name where it differs from layer to layer."""
+
+    layers: Layers
+    inputs: dict[str, Side]
+    outputs: dict[str, Side]
+    rule: StepRule
+    probe_step: optax.ScalarOrSchedule
+    damping: optax.ScalarOrSchedule
+    momentum: float
+    update_every: int
+    others_decay: float | None
+    statistics_rows: int | None
+    factor_dtype: Any
+    precision: str
+
+    def dtype_of(self, layer: Layer) -> Any:
+        return jnp.promote_types(self.factor_dtype or layer.dtype, jnp.float32)
+
+    @property
+    def of_factors(self) -> bool:
+        return any(side.of_factors for side in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def second_pass(self) -> bool:
+        return any(side.second_pass for side in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def without_momentum(self) -> bool:
+        return isinstance(self.momentum, (int, float)) and self.momentum == 0
+
+
+class _Batch(NamedTuple):
+    """One batch as the sides see it: statistics by layer name, in the factors' dtype."""
+
+    before: dict[str, Statistics]
+    inputs: dict[str, Statistics]
+    outputs: dict[str, Statistics]
+    sampled: chex.ArrayTree | None
+
+
+class _Sides(NamedTuple):
+    """The states of all sides, by layer name, and the damping of each."""
+
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
 
 
 def scale_by_kfqn(
@@ -57,14 +111,14 @@ def scale_by_kfqn(
     probe_step: optax.ScalarOrSchedule,
     damping: optax.ScalarOrSchedule = 0.1,
     momentum: float = 0.9,
-    norm_constraint: NormConstraint | float | None = MEASURED,
+    step_rule: StepRule | float | None = MEASURED,
     update_every: int = 1,
+    others_decay: float | None = 0.95,
+    statistics_rows: int | None = None,
     factor_dtype: Any = None,
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale the averaged gradient M of each layer to nu H_a M H_g.
-
-    Parameters that belong to no layer get nu times their averaged gradient.
+    """Scale the averaged gradient M of each layer to H_a M H_g, and go as far along it as a rule says.
 
     Args:
       layers: what :func:`find_layers` returned.
@@ -73,12 +127,18 @@ def scale_by_kfqn(
         ``lambda layer: secant(bfgs, double_damping, decay=0.9, mu1=0.2)``.
       probe_step: length along the direction at which the second pass is made, a number or a schedule.
         With the learning rate, the pairs are measured where the parameters go.
-      damping: lambda > 0; l_A = sqrt(lambda / T) and l_G = sqrt(lambda T), with T the positions of a
-        convolution, and 1 for other layers. A number or a schedule.
+      damping: lambda > 0, a number or a schedule, which the step rule may scale. Where both sides know the
+        scale of what they invert, l_A = sqrt(lambda) pi and l_G = sqrt(lambda) / pi, with pi^2 the ratio of
+        their mean diagonal elements; else l_A = sqrt(lambda / T) and l_G = sqrt(lambda T), with T the
+        positions of a convolution, and 1 for other layers.
       momentum: rate of the gradient's moving average, which starts at 0 without bias correction.
-      norm_constraint: what nu is, :func:`measured` by default; a number kappa, in units of the loss, for
-        nu = min(1, sqrt(kappa / (probe_step^2 <M, H_a M H_g>))), the sum over all parameters; None for 1.
+      step_rule: how far to go: :func:`measured` by default, :func:`quadratic`, a number for
+        :func:`capped`, None for the papers' step, or a :class:`StepRule` of one's own.
       update_every: the second pass and both factor updates are made every this many steps.
+      others_decay: parameters that belong to no layer are divided by the diagonal of the Gauss-Newton
+        matrix plus lambda, averaged at this rate; None leaves them their averaged gradient.
+      statistics_rows: of how many examples sides like :func:`fisher` take their statistics, the first
+        ones of the batch, if ``value_and_grad`` knows by ``batch_argnums`` what an example is.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
       precision: precision of the factor algebra, as in ``jax.default_matmul_precision``.
 
@@ -105,116 +165,266 @@ def scale_by_kfqn(
       (2, 2)
     """
     check_constants(probe_step=probe_step, damping=damping, momentum=momentum, update_every=update_every)
-    constraint = as_constraint(norm_constraint)
+    check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
-    input_sides = {layer.name: input_side(layer) for layer in layers}
-    output_sides = {layer.name: output_side(layer) for layer in layers}
-
-    def dtype_of(layer):
-        return jnp.promote_types(factor_dtype or layer.dtype, jnp.float32)
+    method = _Method(
+        layers,
+        inputs={layer.name: input_side(layer) for layer in layers},
+        outputs={layer.name: output_side(layer) for layer in layers},
+        rule=as_rule(step_rule),
+        probe_step=probe_step,
+        damping=damping,
+        momentum=momentum,
+        update_every=update_every,
+        others_decay=others_decay,
+        statistics_rows=statistics_rows,
+        factor_dtype=factor_dtype,
+        precision=precision,
+    )
 
     def init_fn(params):
-        present = layers_within(layers, params, "kfqn: init")
-        return ScaleByKfqnState(
-            count=jnp.zeros([], jnp.int32),
-            momentum=jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params),
-            inputs={
-                layer.name: copied(layer, input_sides[layer.name].init(layer.rows, dtype_of(layer)))
-                for layer in present
-            },
-            outputs={
-                layer.name: copied(layer, output_sides[layer.name].init(layer.out_dim, dtype_of(layer)))
-                for layer in present
-            },
-            cap=jnp.ones([], jnp.float32),
-            reach=jnp.full([], constraint.start, jnp.float32),
-            rejected=jnp.zeros([], jnp.int32),
-        )
+        return _init(method, params)
 
     def update_fn(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
         present = layers_within(layers, updates, "kfqn: update")
         curvature = _check_curvature(curvature, present)
-        step = _at(probe_step, state.count)
-        root = jnp.sqrt(_at(damping, state.count))
+        step_length = _at(probe_step, state.count)
+        damping = method.rule.damping(state.rule, _at(method.damping, state.count))
         sane = all_finite(updates)
-        before = {  # a batch with a bad gradient is one that no layer saw
-            name: value._replace(rows=jnp.where(sane, value.rows, 0))
-            for name, value in _view(present, curvature.statistics, dtype_of).items()
-        }
-
-        def scaled_root(scale):
-            return {layer.name: jnp.asarray(root * scale(layer), dtype_of(layer)) for layer in present}
-
-        l_a = scaled_root(lambda layer: layer.positions**-0.5)
-        l_g = scaled_root(lambda layer: layer.positions**0.5)
-        on_inputs = functools.partial(each, present, input_sides)
-        on_outputs = functools.partial(each, present, output_sides)
-
+        batch = _batch(method, present, curvature, sane)
         with jax.default_matmul_precision(precision):
-            average = jax.tree.map(lambda m, g: ema(m, g, momentum), state.momentum, updates)
-            average = select(sane, average, state.momentum)
-            inputs = on_inputs("observe", state.inputs, _of_inputs(before), l_a)
-            outputs = on_outputs("observe", state.outputs, _of_outputs(before), l_g)
-            inputs, outputs = _start(on_inputs, on_outputs, inputs, outputs, l_a, l_g)
-            matrices = get_matrices(present, average)
-            rows_done = on_inputs("apply", inputs, matrices)
-            done = on_outputs("apply", outputs, {k: v.mT for k, v in rows_done.items()})
-            done = {k: _falling(matrices[k], v.mT) for k, v in done.items()}
-            direction = set_matrices(present, average, done)
-            direction = jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
-            slope = _inner(average, direction)
-            sane &= jnp.isfinite(slope)
-            nu = constraint.before(state.reach, step**2 * slope)
-            direction = jax.tree.map(lambda d: jnp.where(sane, nu * d, 0), direction)
-
-        def refresh(inputs, outputs):
-            with jax.default_matmul_precision(precision):
-                asking = Layers(tuple(x for x in present if input_sides[x.name].query), (), "")
-                vectors = each(asking, input_sides, "query", inputs, _of_inputs(before))
-            probe = jax.tree.map(lambda d: -step * d, direction)
-            end = curvature.after(probe, _homogeneous(asking, layers, vectors))
-            after = _view(present, end.statistics, dtype_of)
-            with jax.default_matmul_precision(precision):
-                inputs = on_inputs("update", inputs, _of_inputs(before), _of_inputs(after), l_a)
-                outputs = on_outputs("update", outputs, _of_outputs(before), _of_outputs(after), l_g)
-            measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
-            share, reach = jnp.ones_like(nu), state.reach
-            if constraint.after is not None:
-                slopes = curvature.slope(end, updates), curvature.slope(end, average)
-                share, reach = constraint.after(nu, curvature.value, end.value, *slopes)
-                reach = jnp.where(sane, reach, state.reach).astype(state.reach.dtype)
-            return inputs, outputs, all_finite(measured), share.astype(nu.dtype), reach
-
-        def keep(inputs, outputs):
-            return inputs, outputs, jnp.asarray(True), jnp.ones_like(nu), state.reach
-
-        sides = (*input_sides.values(), *output_sides.values())
-        if constraint.after is None and not any(side.second_pass for side in sides):
-            inputs, outputs, after_finite, share, reach = keep(inputs, outputs)
-        elif isinstance(update_every, int) and update_every == 1:
-            inputs, outputs, after_finite, share, reach = refresh(inputs, outputs)
-        else:
-            due = state.count % update_every == 0
-            inputs, outputs, after_finite, share, reach = jax.lax.cond(due, refresh, keep, inputs, outputs)
-
-        accept = sane & after_finite & (share > 0)
+            average = _average(method, state, updates, sane)
+            dampings = _split(method, present, state, batch, damping)
+            sides, rest = _observe(method, present, state, updates, batch, dampings, curvature, sane)
+            direction = _precondition(present, method, sides, rest, average, damping)
+            sane &= jnp.isfinite(inner(average, direction))
+            direction = jax.tree.map(lambda d: jnp.where(sane, d, 0), direction)
+        proposal = Proposal(updates, average, direction, step_length, damping, curvature)
+        with jax.default_matmul_precision(precision):
+            step, rule_state = method.rule.propose(state.rule, proposal)
+        sane &= all_finite(step)
+        step = jax.tree.map(lambda d: jnp.where(sane, d, 0), step)
+        update = jax.tree.map(lambda d: -step_length * d, step)
+        sides, value_after, known, finite = _second_pass(
+            method, present, state, sides, batch, dampings, curvature, update
+        )
+        outcome = Outcome(
+            value=curvature.value,
+            value_after=value_after,
+            known=known,
+            slope=curvature.slope(update, updates),
+            mean_slope=curvature.slope(update, average),
+            sane=sane & finite,
+            update=update,
+        )
+        share, rule_state = method.rule.review(rule_state, outcome)
+        accept = outcome.sane & (share > 0)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            momentum=select(sane, average, state.momentum),
-            inputs=inputs,
-            outputs=outputs,
-            cap=jnp.asarray(jnp.where(accept, nu * share, 0), jnp.float32),
-            reach=reach,
+            momentum=None if method.without_momentum else select(sane, average, state.momentum),
+            inputs=sides.inputs,
+            outputs=sides.outputs,
+            others=rest,
+            rule=jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule),
+            damping=jnp.asarray(damping, jnp.float32),
+            share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
             rejected=state.rejected + ~accept,
         )
         scaled = jax.tree.map(
-            lambda d, u: jnp.where(accept, share * d, 0).astype(jnp.result_type(u)), direction, updates
+            lambda d, u: jnp.where(accept, share * d, 0).astype(jnp.result_type(u)), step, updates
         )
         return scaled, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
+    present = layers_within(method.layers, params, "kfqn: init")
+
+    def states(sides, dim_of):
+        return {
+            layer.name: copied(layer, sides[layer.name].init(dim_of(layer), method.dtype_of(layer)))
+            for layer in present
+        }
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+    rest = others.paths(present, params)
+    return ScaleByKfqnState(
+        count=jnp.zeros([], jnp.int32),
+        momentum=None if method.without_momentum else zeros,
+        inputs=states(method.inputs, lambda layer: layer.rows),
+        outputs=states(method.outputs, lambda layer: layer.out_dim),
+        others=others.init(present, params) if method.others_decay is not None and rest else None,
+        rule=method.rule.init(params),
+        damping=jnp.zeros([], jnp.float32),
+        share=jnp.ones([], jnp.float32),
+        rejected=jnp.zeros([], jnp.int32),
+    )
+
+
+def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Array) -> _Batch:
+    """What the sides see of the batch; one with a bad gradient is one that no layer saw."""
+
+    def seen(statistics):
+        view = _view(present, statistics, method.dtype_of)
+        return {name: s._replace(rows=jnp.where(sane, s.rows, 0)) for name, s in view.items()}
+
+    before = seen(curvature.statistics)
+    if not method.of_factors:
+        return _Batch(before, before, before, None)
+    statistics, sampled = curvature.factor_statistics(rows=method.statistics_rows)
+    of_factors = seen(statistics)
+
+    def for_sides(sides):
+        return {name: of_factors[name] if sides[name].of_factors else before[name] for name in before}
+
+    return _Batch(before, for_sides(method.inputs), for_sides(method.outputs), sampled)
+
+
+def _average(method: _Method, state: ScaleByKfqnState, grads: chex.ArrayTree, sane: jax.Array):
+    """M, which forgets a gradient that is not finite."""
+    if method.without_momentum:
+        return jax.tree.map(lambda g: jnp.where(sane, g, 0).astype(_wide(g)), grads)
+    average = jax.tree.map(lambda m, g: ema(m, g, method.momentum), state.momentum, grads)
+    return select(sane, average, state.momentum)
+
+
+def _split(
+    method: _Method, present: Layers, state: ScaleByKfqnState, batch: _Batch, damping: jax.Array
+) -> _Sides:
+    """l_A and l_G of each layer, with l_A l_G = damping."""
+    root = jnp.sqrt(damping)
+    both = [
+        layer for layer in present if method.inputs[layer.name].scale and method.outputs[layer.name].scale
+    ]
+    knowing = Layers(tuple(both), (), "")
+    of_inputs = each(knowing, method.inputs, "scale", state.inputs, batch.inputs)
+    of_outputs = each(knowing, method.outputs, "scale", state.outputs, batch.outputs)
+    l_a, l_g = {}, {}
+    for layer in present:
+        if layer.name in of_inputs:
+            ratio = safe_divide(of_inputs[layer.name], of_outputs[layer.name])
+            pi = jnp.sqrt(jnp.clip(jnp.where(ratio > 0, ratio, 1), *PI_RANGE))
+        else:
+            pi = jnp.full(layer.copies, layer.positions**-0.5)
+        dtype = method.dtype_of(layer)
+        l_a[layer.name] = jnp.asarray(root * pi, dtype)
+        l_g[layer.name] = jnp.asarray(root / pi, dtype)
+    return _Sides(l_a, l_g)
+
+
+def _observe(
+    method: _Method,
+    present: Layers,
+    state: ScaleByKfqnState,
+    grads: chex.ArrayTree,
+    batch: _Batch,
+    dampings: _Sides,
+    curvature: Curvature,
+    sane: jax.Array,
+) -> tuple[_Sides, others.OthersState | None]:
+    """All sides, and what belongs to no layer, after they saw the batch and before the step."""
+    inputs = each(present, method.inputs, "observe", state.inputs, batch.inputs, dampings.inputs)
+    outputs = each(present, method.outputs, "observe", state.outputs, batch.outputs, dampings.outputs)
+    sides = _start(method, present, _Sides(inputs, outputs), dampings)
+    if state.others is None:
+        return sides, None
+    examples = curvature.examples
+    if examples is None:
+        examples = max_rows(present, batch.before)
+    rest = others.observe(
+        state.others, present, grads, batch.sampled, examples, sane, method.others_decay or 0.0
+    )
+    return sides, rest
+
+
+def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides) -> _Sides:
+    """Start the sides that can start now; rare, so all of it is under one condition."""
+
+    def start(sides):
+        return _Sides(
+            each(present, method.inputs, "start", sides.inputs, dampings.inputs),
+            each(present, method.outputs, "start", sides.outputs, dampings.outputs),
+        )
+
+    waiting = (
+        each(present, method.inputs, "starting", sides.inputs),
+        each(present, method.outputs, "starting", sides.outputs),
+    )
+    due = jnp.stack([flag.any() for flag in jax.tree.leaves(waiting)]).any()
+    return jax.lax.cond(due, start, lambda sides: sides, sides)
+
+
+def _precondition(
+    present: Layers,
+    method: _Method,
+    sides: _Sides,
+    rest: others.OthersState | None,
+    average: chex.ArrayTree,
+    damping: jax.Array,
+) -> chex.ArrayTree:
+    """The direction: H_a M H_g in each layer."""
+    matrices = get_matrices(present, average)
+    rows_done = each(present, method.inputs, "apply", sides.inputs, matrices)
+    done = each(present, method.outputs, "apply", sides.outputs, {k: v.mT for k, v in rows_done.items()})
+    done = {k: _falling(matrices[k], v.mT) for k, v in done.items()}
+    scaled = average if rest is None else others.apply(rest, present, average, damping)
+    direction = set_matrices(present, scaled, done)
+    return jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
+
+
+def _second_pass(
+    method: _Method,
+    present: Layers,
+    state: ScaleByKfqnState,
+    sides: _Sides,
+    batch: _Batch,
+    dampings: _Sides,
+    curvature: Curvature,
+    update: chex.ArrayTree,
+) -> tuple[_Sides, jax.Array, jax.Array, jax.Array]:
+    """The sides after they saw the batch at the end of the step, the loss there, whether it is known, and
+    whether what was measured there is finite."""
+    value_dtype = jnp.asarray(curvature.value)
+
+    def look(sides):
+        with jax.default_matmul_precision(method.precision):
+            asking = Layers(tuple(x for x in present if method.inputs[x.name].query), (), "")
+            vectors = each(asking, method.inputs, "query", sides.inputs, batch.inputs)
+        end = curvature.after(update, _homogeneous(asking, method.layers, vectors))
+        after = _view(present, end.statistics, method.dtype_of)
+        with jax.default_matmul_precision(method.precision):
+            inputs = each(
+                present, method.inputs, "update", sides.inputs, batch.inputs, after, dampings.inputs
+            )
+            outputs = each(
+                present, method.outputs, "update", sides.outputs, batch.outputs, after, dampings.outputs
+            )
+        measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
+        return _Sides(inputs, outputs), end.value, jnp.asarray(True), all_finite(measured)
+
+    def pass_by(sides):
+        due = method.rule.due(state.rule)
+        unknown = jnp.full_like(value_dtype, jnp.nan)
+        value = jax.lax.cond(due, lambda: curvature.value_at(update), lambda: unknown)
+        return sides, value, due, jnp.asarray(True)
+
+    if not method.second_pass:
+        return pass_by(sides)
+    if isinstance(method.update_every, int) and method.update_every == 1:
+        return look(sides)
+    return jax.lax.cond(state.count % method.update_every == 0, look, pass_by, sides)
+
+
+PI_RANGE = (1e-6, 1e6)
+
+
+def max_rows(layers: Layers, statistics: dict[str, Statistics]) -> jax.Array:
+    """The number of examples of the batch as far as the layers know it."""
+    rows = [statistics[layer.name].rows.max() / layer.positions for layer in layers]
+    return functools.reduce(jnp.maximum, rows)
 
 
 def _wide(leaf: Any) -> Any:
@@ -265,26 +475,10 @@ def _homogeneous(asking: Layers, layers: Layers, vectors: dict[str, jax.Array]) 
     return full
 
 
-def _start(on_inputs, on_outputs, inputs, outputs, l_a, l_g):
-    """Start the sides that can start now; rare, so all of it is under one condition."""
-
-    def start(inputs, outputs):
-        return on_inputs("start", inputs, l_a), on_outputs("start", outputs, l_g)
-
-    waiting = (on_inputs("starting", inputs), on_outputs("starting", outputs))
-    due = jnp.stack([flag.any() for flag in jax.tree.leaves(waiting)]).any()
-    return jax.lax.cond(due, start, lambda inputs, outputs: (inputs, outputs), inputs, outputs)
-
-
 def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
     """The direction D of one layer, and M itself where rounding made a factor indefinite: <M, D> < 0."""
     slope = (matrix * direction).sum((-2, -1), keepdims=True)
     return jnp.where(slope < 0, matrix, direction)
-
-
-def _inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y).real, a, b)
-    return sum(jax.tree.leaves(products), start=jnp.zeros([]))
 
 
 def _check_curvature(curvature: Any, layers: Layers) -> Curvature:

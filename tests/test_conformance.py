@@ -298,7 +298,7 @@ def test_inject_hyperparams_without_a_static_length_tells_what_to_write():
 
 
 def test_clip_before_kbfgs_clips_what_it_sees():
-    tx = kfqn.kbfgs(LR, problem().layers, norm_constraint=None)
+    tx = kfqn.kbfgs(LR, problem().layers, step_rule=None)
     _, _, plain = run(tx, steps=1)
     _, _, loose = run(optax.chain(optax.clip_by_global_norm(1e6), tx), steps=1)
     assert_close(loose, plain)
@@ -609,7 +609,7 @@ def test_diagnostics_under_jit_and_through_nested_states(method):
         optax.identity(), optax.apply_if_finite(WRAPPERS["two groups"](method(LR, problem().layers)), 1)
     )
     report = jax.eval_shape(lambda params: kfqn.diagnostics(tx.init(params)), problem().params)
-    assert sorted(report) == ["cap", "count", "layers", "rejected"]
+    assert sorted(report) == ["share", "count", "layers", "rejected"]
     for side in (side for layer in report["layers"].values() for side in layer.values()):
         assert {key: value.shape for key, value in side.items()} == dict.fromkeys(
             ("taken", "damped", "skipped", "ratio", "norm"), ()
@@ -617,12 +617,12 @@ def test_diagnostics_under_jit_and_through_nested_states(method):
 
 
 def test_diagnostics_tell_what_happened():
-    _, state, _ = run(kfqn.kbfgs(LR, problem().layers, norm_constraint=1e-8))
+    _, state, _ = run(kfqn.kbfgs(LR, problem().layers, step_rule=1e-8))
     report = kfqn.diagnostics(state)
     ours = find_state(state)
     assert report["count"] == 3
     assert report["rejected"] == 0
-    assert 0 < report["cap"] < 1
+    assert 0 < report["share"] < 1
     for name, layer in report["layers"].items():
         for side, kept in (("input", ours.inputs[name]), ("output", ours.outputs[name])):
             assert layer[side]["taken"] + layer[side]["skipped"] == 3

@@ -288,7 +288,7 @@ def test_flattened_parameters():
 BAD = {
     "learning_rate": ([-0.1, float("nan")], "at least 0"),
     "damping": ([0, 0.0, -0.3, float("nan"), np.float32(0), jnp.zeros(())], "positive"),
-    "norm_constraint": ([0, -1.0, float("nan")], "None for no constraint"),
+    "step_rule": ([0, -1.0, float("nan")], "None for no constraint"),
     "momentum": ([1, 1.5, -0.1], "in [0, 1)"),
     "decay": ([1, -0.1], "in [0, 1)"),
     "mu1": ([0, 1, -0.5], "in (0, 1)"),
@@ -333,7 +333,7 @@ def test_arguments_in_the_wrong_order():
 def test_schedules_are_no_constants():
     """A schedule is only known while training; it passes, whatever it will be."""
     kfqn.kbfgs(optax.constant_schedule(-0.1), LAYERS, damping=optax.constant_schedule(0.3))
-    kfqn.kbfgs(0.0, LAYERS, norm_constraint=None)
+    kfqn.kbfgs(0.0, LAYERS, step_rule=None)
 
 
 # --------------------------------------------------------------------------------- warm_start, diagnostics

@@ -156,7 +156,7 @@ def test_kfqn_of_a_convolution_is_the_papers(float64, rng):
     params = {"kernel": jnp.asarray(matrix[:-1]).reshape(3, 2, 2, 2), "bias": jnp.asarray(matrix[-1])}
     layers = kfqn.find_layers(model, {"params": params}, jnp.asarray(x))
     assert layers["."].positions == 9
-    tx = kfqn.kfqn(learning_rate, layers, damping=damping, norm_constraint=None)
+    tx = kfqn.kfqn(learning_rate, layers, damping=damping, step_rule=None)
     step = trainer(lambda params, x: zoo.loss_of(model.apply({"params": params}, x)), layers, tx)
     paper, state = PaperConvolution(patches, matrix, damping, learning_rate), tx.init(params)
     for _ in range(6):
@@ -175,7 +175,7 @@ def test_the_minibatch_action_takes_a_of_the_second_pass(float64, rng):
     model, x = zoo.Mlp(param_dtype=jnp.float64), jnp.asarray(rng.normal(size=(6, 4)))
     params = zoo.randomise(model.init(jax.random.key(0), x))["params"]
     layers = kfqn.find_layers(model, {"params": params}, x)
-    tx = kfqn.kfqn(2.0, layers, damping=0.09, norm_constraint=None)
+    tx = kfqn.kfqn(2.0, layers, damping=0.09, step_rule=None)
     loss = lambda params, x: zoo.loss_of(model.apply({"params": params}, x))
     moved, state, _, _ = trainer(loss, layers, tx)(params, tx.init(params), x)
 
@@ -230,7 +230,7 @@ def test_kfac_is_natural_gradient_where_the_fisher_matrix_is_a_kronecker_product
 
     layers = kfqn.find_layers(model, {"params": params}, x)
     learning_rate, root = 0.5, 1e-3
-    tx = kfqn.kfac(learning_rate, layers, damping=root**2, momentum=0.0, norm_constraint=None)
+    tx = kfqn.kfac(learning_rate, layers, damping=root**2, momentum=0.0, step_rule=None)
     drawn = lambda params, *batch: mean_loss(params, inputs, labels)
     step = trainer(mean_loss, layers, tx, sampled_loss=drawn)
     moved, state, _, grads = step(params, tx.init(params), x, target)
@@ -276,7 +276,7 @@ def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng, 
         )
 
     per_example = jax.vmap(jax.grad(output), in_axes=(None, None, 0, 0))
-    tx = kfqn.kfac(0.3, layers, damping=0.04, decay=0.8, inverse_every=2, norm_constraint=None)
+    tx = kfqn.kfac(0.3, layers, damping=0.04, decay=0.8, inverse_every=2, step_rule=None)
     step = trainer(loss, layers, tx, sampled_loss=sampled_loss if sampled else None)
     state, moments, inverses = tx.init(params), None, None
     for k, (x, labels) in enumerate(batches, start=1):

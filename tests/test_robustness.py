@@ -236,7 +236,7 @@ SECOND_PASS = [name for name in METHODS if name != "kfac"]
 
 @pytest.mark.parametrize("name", SECOND_PASS)
 def test_a_second_pass_that_overflows_leaves_out_the_step(name):
-    training = Training(METHODS[name], loss=hyperbolic, norm_constraint=None)
+    training = Training(METHODS[name], loss=hyperbolic, step_rule=None)
     params, state = training.step(*batch(50), lr=1e6)
     assert np.isfinite(training.loss)
     assert_same(training.params, params)

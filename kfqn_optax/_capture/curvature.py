@@ -50,18 +50,12 @@ class Curvature:
             stay as they are.
           vectors: for layer names, a vector v (*copies, d_in [+ 1]) whose ``product`` A v is wanted.
         """
-        moved = jax.tree.map(
-            lambda u, p: p if is_masked(u) else jnp.asarray(p + u, jnp.result_type(p)),
-            as_arrays(updates),
-            as_arrays(self.params),
-            is_leaf=is_masked,
-        )
-        moved = jax.tree.unflatten(jax.tree.structure(self.params), jax.tree.leaves(moved))
+        moved = self._moved(updates)
         value, statistics = self._statistics_at(moved, vectors or {})
         return Curvature(value, moved, statistics, self._statistics_at)
 
-    def slope(self, end: "Curvature", grads: chex.ArrayTree) -> jax.Array:
-        """<grads, params - end.params>, what the loss falls by on the way to ``end`` to first order.
+    def slope(self, updates: chex.ArrayTree, grads: chex.ArrayTree) -> jax.Array:
+        """<grads, -updates>, what the loss falls by along the updates to first order.
 
         With the parameters as they are, rounded to their dtype; without those masked in ``grads``.
         """
@@ -71,10 +65,20 @@ class Curvature:
             ),
             as_arrays(grads),
             as_arrays(self.params),
-            as_arrays(end.params),
+            as_arrays(self._moved(updates)),
             is_leaf=is_masked,
         )
         return sum(jax.tree.leaves(products), start=jnp.zeros([]))
+
+    def _moved(self, updates: chex.ArrayTree) -> chex.ArrayTree:
+        moved = jax.tree.map(
+            lambda u, p: p if is_masked(u) else jnp.asarray(p + u, jnp.result_type(p)),
+            as_arrays(updates),
+            as_arrays(self.params),
+            is_leaf=is_masked,
+        )
+        moved = jax.tree.unflatten(jax.tree.structure(self.params), jax.tree.leaves(moved))
+        return moved
 
 
 def value_and_grad(

@@ -50,14 +50,21 @@ def diagonal(decay: float) -> Side:
     def apply(state, x):
         return state.factor[:, None] * x
 
-    def observe(state, statistics, damping):
+    def averaged(state, statistics):
         squares = statistics.squares
         average = jnp.where(state.started, ema(state.second_moment, squares, decay), squares)
-        good = (statistics.rows > 0) & all_finite(squares)
+        return average, (statistics.rows > 0) & all_finite(squares)
+
+    def scale(state, statistics):
+        average, good = averaged(state, statistics)
+        return jnp.where(good, average, state.second_moment).mean()
+
+    def observe(state, statistics, damping):
+        average, good = averaged(state, statistics)
         return state._replace(
             second_moment=jnp.where(good, average, state.second_moment),
             factor=jnp.where(good, 1 / (average + damping), state.factor),
             started=state.started | good,
         )
 
-    return Side(init, apply, observe, second_pass=False)
+    return Side(init, apply, observe, scale=scale, second_pass=False)

@@ -1,4 +1,4 @@
-"""The sides of KFAC, the paper's rival: damped inverses of the Kronecker factors of the Fisher matrix."""
+"""The sides of K-FAC: damped inverses of the Kronecker factors of the Fisher or Gauss-Newton matrix."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
-from kfqn_optax._sides import bfgs as _bfgs
+from kfqn_optax._sides import bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs
-from kfqn_optax._sides.hessian_action import EMPTY, RUNNING
 from kfqn_optax._sides.side import Side
+
+FLOOR = 1e-6
+EVERY_STEP_AT_FIRST = 3
 
 
 class FisherState(NamedTuple):
@@ -21,26 +23,26 @@ class FisherState(NamedTuple):
     Attributes:
       second_moment: moving average of A, or of G. (d, d).
       factor: the inverse of it plus damping, as of the last time it was computed. (d, d).
-      phase: as in :class:`HessianActionState`.
       count: batches seen.
-      pairs: none are taken; here for the diagnostics.
+      pairs: none are taken; ``skipped`` counts the inverses that were not finite.
     """
 
     second_moment: jax.Array
     factor: jax.Array
-    phase: jax.Array
     count: jax.Array
     pairs: PairCounts
 
 
 def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: int) -> Side:
-    """H = (S + l I)^-1 with S <- decay S + (1 - decay) S of the batch; the first batch starts S.
+    """H = (S + l I)^-1 with S <- b S + (1 - b) S of the batch, b = min(decay, 1 - 1/k) at batch k.
 
-    The inverse is computed in each of the first ``inverse_every`` steps, and then every that many.
+    So S is the plain mean of the first batches. The inverse is computed in the first three steps, and
+    then every ``inverse_every``. l is at least 1e-6 of the trace of S, for the sake of the Cholesky
+    factorisation. The statistics are those of ``curvature.factor_statistics``.
 
     Args:
-      moment_of: which statistic S is: A, the second moment of inputs, or G, that of the per-example
-        pre-activation gradients.
+      moment_of: which statistic S is: A, the second moment of inputs, or G, that of the pre-activation
+        gradients.
       decay: rate of the average.
       inverse_every: steps from one inverse to the next.
 
@@ -51,41 +53,60 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
       (3, 3)
 
     Source: Martens, Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
-    curvature"; the damping is split evenly, l = sqrt(damping), as in Goldfarb, Ren, Bahamou 2020.
+    curvature", arXiv 1503.05671.
     """
     check_constants(decay=decay, inverse_every=inverse_every)
 
     def init(dim, dtype):
-        moment, zero = jnp.zeros((dim, dim), dtype), jnp.zeros([], jnp.int32)
-        return FisherState(moment, _bfgs.init(dim, dtype), zero + EMPTY, zero, no_pairs(dtype))
+        moment = jnp.zeros((dim, dim), dtype)
+        return FisherState(moment, bfgs.init(dim, dtype), jnp.zeros([], jnp.int32), no_pairs(dtype))
 
     def apply(state, x):
         return state.factor @ x
 
+    def averaged(state, old, new):
+        return ema(old, new, jnp.minimum(decay, 1 - 1 / (state.count + 1)).astype(old.dtype))
+
+    def scale(state, statistics):
+        """The mean diagonal element that S is about to have."""
+        mean = lambda matrix: jnp.trace(matrix) / matrix.shape[0]
+        moment = mean(_moment(moment_of, statistics))
+        good = (statistics.rows > 0) & jnp.isfinite(moment)
+        old = mean(state.second_moment)
+        return jnp.where(good, averaged(state, old, moment), old)
+
     def observe(state, statistics, damping):
         del damping
-        moment = moment_of(statistics)
-        if moment is None:
-            raise ValueError(
-                "kfqn.fisher: this batch's statistics have no such second moment. That of the gradients"
-                " is not measured with kfqn.value_and_grad(..., forward=...): give it sampled_loss=..."
-                " too, a plain loss of the model's outputs."
-            )
-        average = jnp.where(state.phase == EMPTY, moment, ema(state.second_moment, moment, decay))
+        moment = _moment(moment_of, statistics)
         good = (statistics.rows > 0) & all_finite(moment)
+        average = averaged(state, state.second_moment, moment)
         return state._replace(
-            second_moment=jnp.where(good, average, state.second_moment),
-            phase=jnp.where(good, RUNNING, state.phase),
-            count=state.count + good,
+            second_moment=jnp.where(good, average, state.second_moment), count=state.count + good
         )
 
     def starting(state):
-        due = (state.count <= inverse_every) | (state.count % inverse_every == 0)
-        return due & (state.phase == RUNNING)
+        due = (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
+        return due & (state.count > 0)
 
     def start(state, damping):
-        inverse = _bfgs.inverse(add_diagonal(state.second_moment, damping))
-        good = starting(state) & all_finite(inverse)
-        return state._replace(factor=jnp.where(good, inverse, state.factor))
+        floor = FLOOR * jnp.trace(state.second_moment)
+        inverse = bfgs.inverse(add_diagonal(state.second_moment, jnp.maximum(damping, floor)))
+        due, finite = starting(state), all_finite(inverse)
+        counts = state.pairs.counts.at[2].add((due & ~finite).astype(jnp.int32))
+        return state._replace(
+            factor=jnp.where(due & finite, inverse, state.factor),
+            pairs=state.pairs._replace(counts=counts),
+        )
 
-    return Side(init, apply, observe, starting, start, second_pass=False)
+    return Side(init, apply, observe, starting, start, scale=scale, of_factors=True, second_pass=False)
+
+
+def _moment(moment_of: Callable[[Statistics], Any], statistics: Statistics) -> jax.Array:
+    moment = moment_of(statistics)
+    if moment is None:
+        raise ValueError(
+            "kfqn.fisher: this batch's statistics have no such second moment. That of the gradients is not"
+            " measured with kfqn.value_and_grad(..., forward=...), unless the loss marks its outputs:"
+            ' kfqn.outputs(residual, "normal").'
+        )
+    return moment

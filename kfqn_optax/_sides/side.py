@@ -52,6 +52,11 @@ class Side(NamedTuple):
       update: ``update(state, before, after, damping) -> state``, with the statistics of one batch
         before the step and after it.
       second_pass: whether ``update`` does anything.
+      scale: ``scale(state, statistics) -> number``, the mean diagonal element of the matrix that the side
+        damps and inverts, as it will be after ``observe``; None for a side that does not know. Where both
+        sides of a layer know, the damping is split in proportion.
+      of_factors: whether ``observe`` is to be given ``curvature.factor_statistics``, of labels sampled from
+        the model where the loss marks its outputs, rather than the statistics of the loss's own gradient.
     """
 
     init: Callable[[int, Any], Any]
@@ -62,6 +67,8 @@ class Side(NamedTuple):
     query: Callable[[Any, Statistics], jax.Array] | None = None
     update: Callable[[Any, Statistics, Statistics, jax.Array], Any] = _update
     second_pass: bool = True
+    scale: Callable[[Any, Statistics], jax.Array] | None = None
+    of_factors: bool = False
 
 
 class IdentityState(NamedTuple):

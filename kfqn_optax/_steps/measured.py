@@ -1,37 +1,29 @@
-"""How long a step may be: tables of two functions, called before the second pass and after it."""
+"""Steps that end about where the loss of their batch is least along them."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import safe_divide
+from kfqn_optax._steps.rule import StepRule
 
 START, GROWTH, DECLINE, PATIENCE = 0.01, 1.25, 0.1, 0.3
 
 
-class NormConstraint(NamedTuple):
-    """What shortens a step -a D, with a the learning rate, D = H_a M H_g in each layer.
+class MeasuredState(NamedTuple):
+    """State of :func:`measured`.
 
     Attributes:
-      before: ``before(reach, length) -> nu`` in (0, 1], with ``length`` = a^2 <M, D>; the second pass is
-        made at the end of the step -nu a D. ``reach`` is a number kept from step to step.
-      after: ``after(nu, value, value_after, slope, mean_slope) -> (share, reach)``, the part of that step
-        that is made and the reach from now on. ``value`` and ``value_after`` are the losses of the batch
-        before the step and at its end, ``slope`` = nu a <g, D> and ``mean_slope`` = nu a <M, D> what it
-        falls by to first order, by the gradient of the batch and by the averaged one. None for a
-        constraint that need not know.
-      start: the reach before the first step.
+      cap: the part nu of the learning rate that was tried in the last step. ().
+      reach: the part of it that was made. ().
     """
 
-    before: Callable[[jax.Array, jax.Array], jax.Array]
-    after: Callable[..., tuple[jax.Array, jax.Array]] | None = None
-    start: float = 1.0
+    cap: jax.Array
+    reach: jax.Array
 
 
-def measured() -> NormConstraint:
+def measured() -> StepRule:
     """Steps end about where the loss of their batch is least along them, as the second pass measured it.
 
     With d = nu D, the loss of the batch along the step is taken for the parabola
@@ -46,60 +38,43 @@ def measured() -> NormConstraint:
     The next step is probed at 1.25 times the length made, up to the learning rate, and at a tenth at
     least of the one before; the first at a hundredth of the learning rate, since the factors know nothing
     yet. A step at whose end the loss is not finite is not made. Nothing here has a unit: a constant added
-    to the loss changes no step.
+    to the loss changes no step. The damping stays as it is given.
 
     Example:
       >>> import kfqn_optax as kfqn
-      >>> constraint = kfqn.measured()
-      >>> # The loss was to fall by 1 and rose by 1: it is least after a quarter of this step.
-      >>> share, _ = constraint.after(nu=1.0, value=5.0, value_after=6.0, slope=1.0, mean_slope=0.5)
-      >>> float(share)
-      0.25
+      >>> rule = kfqn.measured()
+      >>> rule.init({}).reach
+      Array(0.01, dtype=float32)
     """
 
-    def before(reach, length):
-        del length
-        return jnp.minimum(1, GROWTH * reach)
+    def init(params):
+        del params
+        return MeasuredState(jnp.ones([], jnp.float32), jnp.full([], START, jnp.float32))
 
-    def after(nu, value, value_after, slope, mean_slope):
-        value, value_after = jnp.asarray(value), jnp.asarray(value_after)
-        bend = value_after - value + slope
-        rounding = 4 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(value_after))
-        minimum, mean_minimum = (safe_divide(x, 2 * bend) for x in (slope, mean_slope))
-        mean_minimum = jnp.where(value_after > value, jnp.minimum(mean_minimum, PATIENCE), mean_minimum)
-        share = jnp.clip(jnp.maximum(minimum, mean_minimum), 0, 1)
-        share = jnp.where(bend > rounding, share, 1)
-        share = jnp.where(jnp.isfinite(value_after), share, 0)
-        return share, nu * jnp.maximum(share, DECLINE)
+    def propose(state, proposal):
+        nu = jnp.minimum(1, GROWTH * state.reach)
+        step = jax.tree.map(lambda d: (nu * d).astype(d.dtype), proposal.direction)
+        return step, state._replace(cap=nu)
 
-    return NormConstraint(before, after, START)
+    def review(state, outcome):
+        made = share(outcome.value, outcome.value_after, outcome.slope, outcome.mean_slope)
+        known = outcome.known & outcome.sane
+        reach = jnp.where(known, state.cap * jnp.maximum(made, DECLINE), state.reach)
+        made = jnp.where(outcome.sane, jnp.where(outcome.known, made, 1), 0)
+        return made, MeasuredState(state.cap * made, jnp.asarray(reach, jnp.float32))
+
+    return StepRule(init, propose, review, due=lambda state: jnp.asarray(True))
+
+
+def share(value: jax.Array, value_after: jax.Array, slope: jax.Array, mean_slope: jax.Array) -> jax.Array:
+    """The part of a step that ends at the minimum of the parabola, between 0 and 1."""
+    bend = value_after - value + slope
+    rounding = 4 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(value_after))
+    minimum, mean_minimum = (safe_divide(x, 2 * bend) for x in (slope, mean_slope))
+    mean_minimum = jnp.where(value_after > value, jnp.minimum(mean_minimum, PATIENCE), mean_minimum)
+    made = jnp.clip(jnp.maximum(minimum, mean_minimum), 0, 1)
+    made = jnp.where(bend > rounding, made, 1)
+    return jnp.where(jnp.isfinite(value_after), made, 0)
 
 
 MEASURED = measured()
-
-
-def fixed(kappa: float) -> NormConstraint:
-    """nu = min(1, sqrt(kappa / (a^2 <M, D>))): kappa bounds twice the fall that the factors predict.
-
-    Args:
-      kappa: positive, in units of the loss.
-    """
-    check_constants(norm_constraint=kappa)
-
-    def before(reach, length):
-        del reach
-        return jnp.where(length > 0, jnp.sqrt(jnp.minimum(safe_divide(kappa, length), 1)), 1)
-
-    return NormConstraint(before)
-
-
-def unconstrained() -> NormConstraint:
-    """nu = 1: the papers' step."""
-    return NormConstraint(lambda reach, length: jnp.ones_like(length))
-
-
-def as_constraint(norm_constraint: NormConstraint | float | None) -> NormConstraint:
-    """A number is the kappa of :func:`fixed`, and None is no constraint."""
-    if isinstance(norm_constraint, NormConstraint):
-        return norm_constraint
-    return unconstrained() if norm_constraint is None else fixed(norm_constraint)

@@ -31,8 +31,8 @@ class Recipe(NamedTuple):
 Settings = Mapping[str, Any]
 SETTINGS: dict[str, Settings] = {
     "default": {},
-    "capped": {"damping": 0.3, "norm_constraint": 3.0},
-    "paper": {"damping": 0.3, "norm_constraint": None},
+    "capped": {"damping": 0.3, "step_rule": 3.0},
+    "paper": {"damping": 0.3, "step_rule": None},
 }
 
 

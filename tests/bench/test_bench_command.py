@@ -65,7 +65,7 @@ def test_paper_setting_is_the_published_one(small, monkeypatch):
     monkeypatch.setattr(kfqn, "kbfgs", lambda *args, **settings: given.update(settings))
     METHODS["kbfgs"].build(small, learning_rate("kbfgs", "curves", "paper"), SETTINGS["paper"])
     assert learning_rate("kbfgs", "curves", "paper") == 0.3
-    assert given == {"damping": 0.3, "norm_constraint": None}
+    assert given == {"damping": 0.3, "step_rule": None}
 
 
 def test_each_learning_rate_given_is_a_row(small_curves, tmp_path, capsys):

@@ -498,7 +498,7 @@ def test_the_direction_is_the_kronecker_product(rng):
         _, grads, curvature = kfqn.value_and_grad(loss_fn, layers, has_aux=True)(params, x, target)
         results = []
         for bound in expected:
-            tx = kfqn.kbfgs(lr, layers, norm_constraint=bound, momentum=momentum)
+            tx = kfqn.kbfgs(lr, layers, step_rule=bound, momentum=momentum)
             ours, *rest = tx.init(params)
             phase = jnp.asarray(RUNNING, jnp.int32)
             ours = ours._replace(
@@ -531,7 +531,7 @@ def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS):
     params, layers, loss_fn, mlp = problem(rng, l2=1e-2)
     x, target = make_batches(rng, steps)
     value_and_grad = kfqn.value_and_grad(loss_fn, layers, has_aux=True)
-    tx = optimizer(LR, layers, damping=DAMPING, norm_constraint=kappa)
+    tx = optimizer(LR, layers, damping=DAMPING, step_rule=kappa)
     state, warm_a = tx.init(params), None
     if warm:
         batches = [(x[k], target[k]) for k in range(3)]

@@ -1,4 +1,6 @@
-"""What keeps steps short: the measured constraint against the minimum along a step, and in training."""
+"""The measured rule: steps against the minimum along them, and in training; rules of the user's own."""
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -11,13 +13,21 @@ import kfqn_optax as kfqn
 from kfqn_optax._steps.measured import DECLINE, GROWTH, PATIENCE
 from kfqn_optax.bench._quick import quick_jit
 
-METHODS = [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfqn.kfac]
+
+def kfac(learning_rate, layers):
+    return kfqn.kfac(learning_rate, layers, step_rule=kfqn.measured(), momentum=0.9, damping=0.1)
+
+
+METHODS = [kfqn.kbfgs, kfqn.kbfgs_l, kfqn.kfqn, kfac]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
 
-def after(**numbers):
-    share, reach = kfqn.measured().after(**{k: jnp.float32(v) for k, v in numbers.items()})
-    return float(share), float(reach)
+def after(nu, value, value_after, slope, mean_slope):
+    rule = kfqn.measured()
+    numbers = [jnp.float32(x) for x in (value, value_after, slope, mean_slope)]
+    outcome = kfqn.Outcome(*numbers[:2], jnp.asarray(True), *numbers[2:], jnp.asarray(True), {})
+    share, state = rule.review(rule.init({})._replace(cap=jnp.float32(nu)), outcome)
+    return float(share), float(state.reach)
 
 
 @pytest.mark.parametrize("gradient", [0.5, 1.0, 3.0])
@@ -56,9 +66,16 @@ def test_a_step_to_where_the_loss_is_not_finite_is_not_made(value_after):
 
 
 def test_the_next_probe_is_a_little_longer_up_to_the_learning_rate():
-    before = kfqn.measured().before
-    assert before(jnp.float32(0.1), 1.0) == pytest.approx(0.1 * GROWTH)
-    assert before(jnp.float32(0.9), 1.0) == 1
+    rule = kfqn.measured()
+
+    def tried(reach):
+        proposal = kfqn.Proposal({}, {}, {"w": jnp.ones(1)}, jnp.ones([]), jnp.ones([]), None)
+        step, state = rule.propose(rule.init({})._replace(reach=jnp.float32(reach)), proposal)
+        assert step["w"] == state.cap
+        return state.cap
+
+    assert tried(0.1) == pytest.approx(0.1 * GROWTH)
+    assert tried(0.9) == 1
 
 
 # In training
@@ -82,7 +99,10 @@ def train(tx, change=lambda loss: loss, steps=40):
         params, opt_state = carry
         loss, grads, curvature = value_and_grad(params)
         updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
-        return (optax.apply_updates(params, updates), opt_state), (loss, kfqn.diagnostics(opt_state)["cap"])
+        return (optax.apply_updates(params, updates), opt_state), (
+            loss,
+            kfqn.diagnostics(opt_state)["rule"]["cap"],
+        )
 
     @quick_jit
     def run(params):
@@ -126,7 +146,7 @@ def test_a_step_never_goes_beyond_the_minimum_of_the_batch_along_it():
         updates, opt_state = step(params, opt_state)
         nearer = optax.tree.add_scale(params, 0.9, updates)
         params = optax.apply_updates(params, updates)
-        if kfqn.diagnostics(opt_state)["cap"] < 0.01:  # where the loss is a parabola along the step
+        if kfqn.diagnostics(opt_state)["rule"]["cap"] < 0.01:  # where the loss is a parabola along the step
             assert loss_fn(params) <= loss_fn(nearer) * (1 + 1e-3)
             checked += 1
     assert checked > 3
@@ -153,11 +173,20 @@ def test_an_indefinite_factor_does_not_stop_training():
         grads, (ours._replace(outputs=spoilt), *rest), variables["params"], curvature=curvature
     )
     average, kernel = state[0].momentum["layers_0"]["kernel"], updates["layers_0"]["kernel"]
-    np.testing.assert_allclose(kernel, -0.3 * state[0].cap * average, rtol=1e-5)
-    assert state[0].cap > 0
+    np.testing.assert_allclose(kernel, -0.3 * state[0].rule.cap * average, rtol=1e-5)
+    assert state[0].rule.cap > 0
 
 
-def test_a_constraint_of_the_users_own():
-    half = kfqn.NormConstraint(before=lambda reach, length: jnp.full_like(length, 0.5))
-    _, caps, _, _ = train(kfqn.kbfgs(0.1, layers, norm_constraint=half), steps=3)
+def test_a_rule_of_the_users_own():
+    class Steps(NamedTuple):
+        cap: jax.Array
+
+    half = kfqn.StepRule(
+        init=lambda params: Steps(jnp.ones([])),
+        propose=lambda state, proposal: (jax.tree.map(lambda d: 0.5 * d, proposal.direction), Steps(0.5)),
+        review=lambda state, outcome: (1.0, state),
+    )
+    full, _, _, _ = train(kfqn.kbfgs(0.1, layers, step_rule=None), steps=2)
+    halved, caps, _, _ = train(kfqn.kbfgs(0.2, layers, step_rule=half), steps=2)
     np.testing.assert_array_equal(caps, 0.5)
+    np.testing.assert_allclose(halved, full, rtol=1e-6)

@@ -1,0 +1,103 @@
+"""What a step rule is: a table of pure functions that say how far a step goes, and with which damping."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._capture.curvature import Curvature
+
+
+class Proposal(NamedTuple):
+    """What a rule is told before the step.
+
+    Attributes:
+      grads: the gradient of the batch, shaped like the parameters.
+      average: the averaged gradient M of which the direction was made; ``grads`` without momentum.
+      direction: D = H_a M H_g in each layer. The parameters move against it.
+      learning_rate: the learning rate a of this step. ().
+      damping: the damping that the sides use. ().
+      curvature: the batch, which can be asked for ``forms`` and ``value_at``.
+    """
+
+    grads: chex.ArrayTree
+    average: chex.ArrayTree
+    direction: chex.ArrayTree
+    learning_rate: jax.Array
+    damping: jax.Array
+    curvature: Curvature
+
+
+class Outcome(NamedTuple):
+    """What a rule is told after the step was tried.
+
+    Attributes:
+      value: the loss of the batch before the step. ().
+      value_after: the loss of the batch at the end of the step proposed, or NaN in a step in which it was
+        not asked for. ().
+      known: whether it was asked for. ().
+      slope: <g, -update>, by how much the loss falls along the step to first order. ().
+      mean_slope: the same with the averaged gradient. ().
+      sane: whether gradient, direction and statistics are finite; the step is not made otherwise. ().
+      update: the step proposed, what is added to the parameters if all of it is made; shaped like them.
+    """
+
+    value: jax.Array
+    value_after: jax.Array
+    known: jax.Array
+    slope: jax.Array
+    mean_slope: jax.Array
+    sane: jax.Array
+    update: chex.ArrayTree
+
+
+def _damping(state: Any, damping: jax.Array) -> jax.Array:
+    del state
+    return damping
+
+
+def _never(state: Any) -> jax.Array:
+    del state
+    return jnp.asarray(False)
+
+
+class StepRule(NamedTuple):
+    """How far a step goes; ``scale_by_kfqn`` calls the functions in this order in each update.
+
+    Attributes:
+      init: ``init(params) -> state``, a NamedTuple of arrays. Its scalars are shown by :func:`diagnostics`.
+      damping: ``damping(state, given) -> damping`` for the sides, from the one that the user gave.
+      propose: ``propose(state, proposal) -> (step, state)``: the parameters are to move by
+        -learning_rate step. For the papers ``step`` is the direction.
+      due: ``due(state) -> bool``, whether the loss at the end of this step must be known. It is known
+        anyway where a side makes a second pass.
+      review: ``review(state, outcome) -> (share, state)``: the part of the proposed step that is made, 0
+        for none of it.
+
+    Example:
+      Half of every step, a rule of one's own:
+
+      >>> import jax, jax.numpy as jnp, kfqn_optax as kfqn
+      >>> from typing import NamedTuple
+      >>> class Steps(NamedTuple):
+      ...     made: jax.Array
+      >>> half = kfqn.StepRule(
+      ...     init=lambda params: Steps(jnp.zeros([], jnp.int32)),
+      ...     propose=lambda state, proposal: (proposal.direction, state),
+      ...     review=lambda state, outcome: (0.5, Steps(state.made + 1)),
+      ... )
+    """
+
+    init: Callable[[chex.ArrayTree], Any]
+    propose: Callable[[Any, Proposal], tuple[chex.ArrayTree, Any]]
+    review: Callable[[Any, Outcome], tuple[chex.Numeric, Any]]
+    damping: Callable[[Any, jax.Array], jax.Array] = _damping
+    due: Callable[[Any], jax.Array] = _never
+
+
+def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+    """<a, b> over all leaves."""
+    products = jax.tree.map(lambda x, y: jnp.vdot(x, y).real, a, b)
+    return sum(jax.tree.leaves(products), start=jnp.zeros([]))
