@@ -39,13 +39,20 @@ def add_diagonal(matrix: jax.Array, damping: jax.Array) -> jax.Array:
     return matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
 
 
-def one_by_one(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def one_by_one(
+    function: Callable[..., jax.Array], on_cpu: Callable[..., jax.Array] | None = None
+) -> Callable[..., jax.Array]:
     """``function``, which on the CPU does one thing after another where ``jax.vmap`` would batch it.
 
     Batched Cholesky factorisations and triangular solves of jaxlib 0.10.2 wait for ever on a CPU of two
-    threads: each of them keeps a thread and waits for work that needs one.
+    threads: each of them keeps a thread and waits for work that needs one. Batched products are slower
+    there than one after the other.
+
+    Args:
+      function: the function.
+      on_cpu: another one for the CPU.
     """
-    in_sequence = jax.custom_batching.sequential_vmap(function)
+    in_sequence = jax.custom_batching.sequential_vmap(on_cpu or function)
 
     @functools.wraps(function)
     def dispatched(*args: jax.Array) -> jax.Array:

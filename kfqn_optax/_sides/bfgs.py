@@ -1,28 +1,18 @@
 """The BFGS update of a dense inverse factor."""
 
-import functools
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._numerics import one_by_one, safe_divide
+from kfqn_optax._numerics import safe_divide
 from kfqn_optax._sides.factor import InverseFactor
 
 
 def init(dim: int, dtype: Any, scale: chex.Numeric = 1.0) -> jax.Array:
     """H = scale I."""
     return jnp.asarray(scale, dtype) * jnp.eye(dim, dtype=dtype)
-
-
-@one_by_one
-def inverse(matrix: jax.Array) -> jax.Array:
-    """matrix^-1 for a symmetric positive definite matrix (d, d), by its Cholesky factor."""
-    root = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
-    solve = functools.partial(jax.lax.linalg.triangular_solve, root, left_side=True, lower=True)
-    return solve(solve(identity), transpose_a=True)
 
 
 def update(h: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:

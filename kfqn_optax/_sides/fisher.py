@@ -11,6 +11,7 @@ from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
 from kfqn_optax._sides import bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs
+from kfqn_optax._sides.inverse import inverse
 from kfqn_optax._sides.side import Side
 
 FLOOR = 1e-6
@@ -90,11 +91,11 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
 
     def start(state, damping):
         floor = FLOOR * jnp.trace(state.second_moment)
-        inverse = bfgs.inverse(add_diagonal(state.second_moment, jnp.maximum(damping, floor)))
-        due, finite = starting(state), all_finite(inverse)
+        inverted = inverse(add_diagonal(state.second_moment, jnp.maximum(damping, floor)))
+        due, finite = starting(state), all_finite(inverted)
         counts = state.pairs.counts.at[2].add((due & ~finite).astype(jnp.int32))
         return state._replace(
-            factor=jnp.where(due & finite, inverse, state.factor),
+            factor=jnp.where(due & finite, inverted, state.factor),
             pairs=state.pairs._replace(counts=counts),
         )
 

@@ -9,6 +9,7 @@ from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
 from kfqn_optax._sides import bfgs as _bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs, take_pair
+from kfqn_optax._sides.inverse import inverse
 from kfqn_optax._sides.side import Side
 
 EMPTY, GIVEN, RUNNING = 0, 1, 2
@@ -72,10 +73,10 @@ def hessian_action(decay: float) -> Side:
         return state.phase == GIVEN
 
     def start(state, damping):
-        inverse = _bfgs.inverse(add_diagonal(state.second_moment, damping))
-        good = starting(state) & all_finite(inverse)
+        inverted = inverse(add_diagonal(state.second_moment, damping))
+        good = starting(state) & all_finite(inverted)
         return state._replace(
-            factor=jnp.where(good, inverse, state.factor),
+            factor=jnp.where(good, inverted, state.factor),
             phase=jnp.where(good, RUNNING, state.phase),
         )
 

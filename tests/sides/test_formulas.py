@@ -11,7 +11,6 @@ import pytest
 
 import kfqn_optax as kfqn
 from kfqn_optax._capture.statistics import Statistics
-from kfqn_optax._sides import bfgs as _bfgs
 from kfqn_optax._sides.factor import no_pairs, take_pair
 from kfqn_optax._sides.hessian_action import EMPTY, GIVEN, RUNNING
 from kfqn_optax.bench._quick import quick_jit
@@ -91,11 +90,6 @@ def test_bfgs_init_and_apply(rng):
     h, x = positive_definite(rng), rng.normal(size=(D, 3))
     close(kfqn.bfgs.apply(h, x), h @ x)
     close(kfqn.bfgs.apply(h, x[:, 0]), h @ x[:, 0])
-
-
-def test_the_start_is_the_inverse(rng):
-    matrix = positive_definite(rng)
-    close(_bfgs.inverse(jnp.asarray(matrix)), np.linalg.inv(matrix), 1e-11)
 
 
 # Limited memory
