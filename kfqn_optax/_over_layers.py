@@ -1,5 +1,6 @@
 """One function of a side over all layers and their copies; equal shapes are done as one."""
 
+import math
 import operator
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._capture.layers import Layer, Layers
+from kfqn_optax._sides.inverse import BLOCK, inverse
 from kfqn_optax._sides.side import Side
 
 
@@ -50,3 +52,32 @@ def _over_copies(layer: Layer, argument: Any) -> Any:
     return jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, layer.copies) if leaf.ndim == 0 else leaf, argument
     )
+
+
+def inverses(tree: Any) -> Any:
+    """The inverses of all matrices (..., d, d) of a tree.
+
+    They are grown to multiples of 64 rows and columns, and those of one size are done in one loop, so that
+    a network of many widths compiles few of them.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        size = -(-leaf.shape[-1] // BLOCK) * BLOCK
+        groups.setdefault((size, leaf.dtype), []).append(i)
+    done = list(leaves)
+    for (size, dtype), members in groups.items():
+        grown = []
+        for i in members:
+            stack, dim = leaves[i].shape[:-2], leaves[i].shape[-1]
+            identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (*stack, size, size))
+            grown.append(identity.at[..., :dim, :dim].set(leaves[i]).reshape(-1, size, size))
+        together = jax.vmap(inverse)(jnp.concatenate(grown))
+        start = 0
+        for i in members:
+            shape = leaves[i].shape
+            count = math.prod(shape[:-2])
+            own = together[start : start + count, : shape[-1], : shape[-1]]
+            done[i] = own.reshape(shape)
+            start += count
+    return jax.tree.unflatten(structure, done)

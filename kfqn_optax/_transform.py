@@ -20,7 +20,7 @@ from kfqn_optax._capture.layers import Layer, Layers, get_matrices, layers_withi
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import all_finite, ema, safe_divide, select
-from kfqn_optax._over_layers import copied, each
+from kfqn_optax._over_layers import copied, each, inverses
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
 from kfqn_optax._steps.capped import as_rule
@@ -343,15 +343,24 @@ def _observe(
 def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides) -> _Sides:
     """Start the sides that can start now; rare, so all of it is under one condition."""
 
+    of_inputs, of_outputs = (
+        Layers(tuple(layer for layer in present if chosen[layer.name].matrix is not None), (), "")
+        for chosen in (method.inputs, method.outputs)
+    )
+    if not of_inputs.found and not of_outputs.found:
+        return sides
+
     def start(sides):
-        return _Sides(
-            each(present, method.inputs, "start", sides.inputs, dampings.inputs),
-            each(present, method.outputs, "start", sides.outputs, dampings.outputs),
-        )
+        a = each(of_inputs, method.inputs, "matrix", sides.inputs, dampings.inputs)
+        g = each(of_outputs, method.outputs, "matrix", sides.outputs, dampings.outputs)
+        a, g = inverses((a, g))
+        inputs = each(of_inputs, method.inputs, "start", sides.inputs, a)
+        outputs = each(of_outputs, method.outputs, "start", sides.outputs, g)
+        return _Sides(sides.inputs | inputs, sides.outputs | outputs)
 
     waiting = (
-        each(present, method.inputs, "starting", sides.inputs),
-        each(present, method.outputs, "starting", sides.outputs),
+        each(of_inputs, method.inputs, "starting", sides.inputs),
+        each(of_outputs, method.outputs, "starting", sides.outputs),
     )
     due = jnp.stack([flag.any() for flag in jax.tree.leaves(waiting)]).any()
     return jax.lax.cond(due, start, lambda sides: sides, sides)

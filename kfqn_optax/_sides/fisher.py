@@ -11,7 +11,6 @@ from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
 from kfqn_optax._sides import bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs
-from kfqn_optax._sides.inverse import inverse
 from kfqn_optax._sides.side import Side
 
 FLOOR = 1e-6
@@ -89,17 +88,21 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         due = (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
         return due & (state.count > 0)
 
-    def start(state, damping):
+    def matrix(state, damping):
         floor = FLOOR * jnp.trace(state.second_moment)
-        inverted = inverse(add_diagonal(state.second_moment, jnp.maximum(damping, floor)))
-        due, finite = starting(state), all_finite(inverted)
+        return add_diagonal(state.second_moment, jnp.maximum(damping, floor))
+
+    def start(state, inverse):
+        due, finite = starting(state), all_finite(inverse)
         counts = state.pairs.counts.at[2].add((due & ~finite).astype(jnp.int32))
         return state._replace(
-            factor=jnp.where(due & finite, inverted, state.factor),
+            factor=jnp.where(due & finite, inverse, state.factor),
             pairs=state.pairs._replace(counts=counts),
         )
 
-    return Side(init, apply, observe, starting, start, scale=scale, of_factors=True, second_pass=False)
+    return Side(
+        init, apply, observe, starting, matrix, start, scale=scale, of_factors=True, second_pass=False
+    )
 
 
 def _moment(moment_of: Callable[[Statistics], Any], statistics: Statistics) -> jax.Array:

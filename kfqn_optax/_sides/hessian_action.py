@@ -9,7 +9,6 @@ from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import add_diagonal, all_finite, ema
 from kfqn_optax._sides import bfgs as _bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs, take_pair
-from kfqn_optax._sides.inverse import inverse
 from kfqn_optax._sides.side import Side
 
 EMPTY, GIVEN, RUNNING = 0, 1, 2
@@ -72,11 +71,13 @@ def hessian_action(decay: float) -> Side:
     def starting(state):
         return state.phase == GIVEN
 
-    def start(state, damping):
-        inverted = inverse(add_diagonal(state.second_moment, damping))
-        good = starting(state) & all_finite(inverted)
+    def matrix(state, damping):
+        return add_diagonal(state.second_moment, damping)
+
+    def start(state, inverse):
+        good = starting(state) & all_finite(inverse)
         return state._replace(
-            factor=jnp.where(good, inverted, state.factor),
+            factor=jnp.where(good, inverse, state.factor),
             phase=jnp.where(good, RUNNING, state.phase),
         )
 
@@ -90,4 +91,4 @@ def hessian_action(decay: float) -> Side:
         )
         return state._replace(factor=factor, pairs=pairs)
 
-    return Side(init, apply, observe, starting, start, update=update)
+    return Side(init, apply, observe, starting, matrix, start, update=update)

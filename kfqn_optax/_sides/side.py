@@ -26,8 +26,8 @@ def _starting(state: Any) -> jax.Array:
     return jnp.asarray(False)
 
 
-def _start(state: Any, damping: jax.Array) -> Any:
-    del damping
+def _start(state: Any, inverse: jax.Array) -> Any:
+    del inverse
     return state
 
 
@@ -45,8 +45,11 @@ class Side(NamedTuple):
       apply: ``apply(state, x) -> H x`` for x of shape (dim, k).
       observe: ``observe(state, statistics, damping) -> state``, before the direction.
       starting: ``starting(state) -> bool``, whether ``start`` is to be called now.
-      start: ``start(state, damping) -> state``, before the direction; work too expensive for every
-        step, such as a matrix inverse.
+      matrix: ``matrix(state, damping) -> M`` of shape (dim, dim), symmetric positive definite, whose
+        inverse the side needs; None for a side that needs none. The inverses of all sides are computed
+        together, in steps in which any of them is starting.
+      start: ``start(state, inverse) -> state``, before the direction, in these steps; NaN if M was not
+        positive definite.
       query: ``query(state, statistics) -> v`` of shape (dim,), for a side that needs ``after.product``,
         the product A v; None for one that does not.
       update: ``update(state, before, after, damping) -> state``, with the statistics of one batch
@@ -63,6 +66,7 @@ class Side(NamedTuple):
     apply: Callable[[Any, jax.Array], jax.Array]
     observe: Callable[[Any, Statistics, jax.Array], Any] = _observe
     starting: Callable[[Any], jax.Array] = _starting
+    matrix: Callable[[Any, jax.Array], jax.Array] | None = None
     start: Callable[[Any, jax.Array], Any] = _start
     query: Callable[[Any, Statistics], jax.Array] | None = None
     update: Callable[[Any, Statistics, Statistics, jax.Array], Any] = _update
