@@ -43,12 +43,13 @@ def powell(h, s, y, mu1):
 
 
 def double_damping(h, s, y, mu1, mu2):
-    """Powell's damping on H, then the same on the identity: s^T y >= mu2 s^T s."""
+    """Powell's damping on H, then the same on the identity: s^T y >= mu2 s^T s. The paper's up to
+    mu2 = 1, where it gives y = s; above, what the package documents of its own."""
     s = powell(h, s, y, mu1)
     if s @ s > 0 and s @ y <= mu2 * s @ s:
-        if mu2 >= 1:
+        if mu2 > 1:
             return s, y + (mu2 - s @ y / (s @ s)) * s
-        theta = (1 - mu2) * s @ s / (s @ s - s @ y)
+        theta = (1 - mu2) * s @ s / (s @ s - s @ y) if mu2 < 1 else 0.0
         y = theta * y + (1 - theta) * s
     return s, y
 

@@ -135,9 +135,10 @@ def damp_many(rule, h, s, y, mu1, mu2):
 RULES = {"double_damping": kfqn.double_damping, "dp_dlm": kfqn.dp_dlm}
 
 
+@pytest.mark.parametrize("mu2", [0.5, 1 - 1e-9, 1.0, 1 + 1e-9, 2.5])
 @pytest.mark.parametrize("name", RULES)
-def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, rng):
-    h, mu1, mu2 = positive_definite(rng), 0.2, 0.5
+def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, mu2, rng):
+    h, mu1 = positive_definite(rng), 0.2
     s, y = rng.normal(size=(2, 300, D))
     y *= 10.0 ** rng.uniform(-3, 3, (300, 1))
     ours = damp_many(RULES[name], h, s, y, mu1, mu2)
@@ -147,7 +148,24 @@ def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, rng):
         close(ours[1][i], expected[1], 1e-10)
 
 
-def test_double_damping_from_one_on_raises_the_curvature_no_further_than_asked(rng):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_double_damping_at_one_is_the_papers(dtype, rng):
+    """theta2 = 0: y~ = s~ to the last bit, as just below 1 up to what 1 - mu2 leaves of y."""
+    h, one = positive_definite(rng), jnp.ones([], dtype)
+    s, y = (jnp.asarray(x, dtype) for x in (rng.normal(size=D), 0.1 * rng.normal(size=D)))
+    hy = jnp.asarray(h, dtype) @ y
+    s_new, y_new = kfqn.double_damping(s, y, hy, 0.2, jnp.sqrt(one))
+    assert s_new @ y < s_new @ s_new
+    np.testing.assert_array_equal(y_new, s_new)
+    below = kfqn.double_damping(s, y, hy, 0.2, one * (1 - 1e-6))[1]
+    close(below, s_new, 1e-5)
+    above = kfqn.double_damping(s, y, hy, 0.2, one * (1 + 1e-6))[1]
+    along = (s_new @ above) / (s_new @ s_new)
+    close(along, 1.0, 1e-5)
+    close(above - along * s_new, y - (s_new @ y) / (s_new @ s_new) * s_new, 1e-5)
+
+
+def test_double_damping_above_one_raises_the_curvature_no_further_than_asked(rng):
     """A combination of s and y would not be convex there, and huge for a pair about as curved as I."""
     s, y = jnp.array([1.0, 0.0]), jnp.array([0.999, 0.5])
     s_new, y_new = kfqn.double_damping(s, y, hy=y, mu1=0.2, mu2=2.5)
@@ -526,19 +544,19 @@ DAMPING = lambda k: 0.3 * 0.9**k
 STEPS = 15
 
 
-def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS):
+def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS, damping=DAMPING):
     """Train the model and the oracle side by side, and compare all of their state after each step."""
     params, layers, loss_fn, mlp = problem(rng, l2=1e-2)
     x, target = make_batches(rng, steps)
     value_and_grad = kfqn.value_and_grad(loss_fn, layers, has_aux=True)
-    tx = optimizer(LR, layers, damping=DAMPING, norm_constraint=kappa)
+    tx = optimizer(LR, layers, damping=damping, norm_constraint=kappa)
     state, warm_a = tx.init(params), None
     if warm:
         batches = [(x[k], target[k]) for k in range(3)]
         state = kfqn.warm_start(state, value_and_grad, params, batches)
         passes = [mlp.passes(mlp.matrices, *batch)[1] for batch in batches]
         warm_a = [np.mean([oracles.second_moment(p[i]) for p in passes], 0) for i in range(2)]
-    twin = oracle(mlp, LR, DAMPING, kappa=kappa, warm_a=warm_a)
+    twin = oracle(mlp, LR, damping, kappa=kappa, warm_a=warm_a)
 
     @quick_jit
     def train_step(params, state, x, target):
@@ -574,6 +592,15 @@ def test_kbfgs_is_algorithm_2(warm, rng):
     for i, side in enumerate(state[0].outputs.values()):
         assert side.pairs.counts.tolist()[0] == len(twin.pairs[i])
         assert np.abs(side.factor - np.eye(side.s.shape[0])).max() > 0.01
+
+
+def test_kbfgs_is_algorithm_2_at_damping_one(rng):
+    """mu2 = 1: many pairs are damped to y = s, the others are as they come."""
+    _, _, state, twin = run(kfqn.kbfgs, oracles.KBFGS, rng, warm=True, steps=8, damping=lambda k: 1.0)
+    equal = [np.array_equal(s, y) for pairs in twin.pairs for s, y in pairs]
+    assert any(equal)
+    for side in state[0].outputs.values():
+        assert side.pairs.counts.tolist()[1] > 0
 
 
 def test_kbfgs_l_is_algorithm_2_with_the_last_pairs(rng):
