@@ -15,6 +15,7 @@ from kfqn_optax._capture.nnx import merge as merge
 from kfqn_optax._capture.tap import weights as weights
 from kfqn_optax._diagnostics import diagnostics as diagnostics
 from kfqn_optax._sides.bfgs import bfgs as bfgs
+from kfqn_optax._sides.block_inverse import block_inverse as block_inverse
 from kfqn_optax._sides.damping import double_damping as double_damping
 from kfqn_optax._sides.damping import dp_dlm as dp_dlm
 from kfqn_optax._sides.diagonal import diagonal as diagonal

@@ -10,6 +10,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "damping": (lambda x: x > 0, "positive; the papers use 0.3, and less for losses with small gradients"),
     "decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "learning_rate": (lambda x: x >= 0, "at least 0"),
+    "directions": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+    "groups": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "inverse_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "max_dim": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "memory": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
@@ -20,7 +22,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "update_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
 }
 _ABSENT = (("max_dim", None), ("norm_constraint", None))
-_STATIC = ("max_dim", "memory")
+_STATIC = ("directions", "groups", "max_dim", "memory")
 
 
 def check_constants(*, call: str = "kfqn", **constants: Any) -> None:
