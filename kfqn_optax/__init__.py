@@ -21,6 +21,7 @@ from kfqn_optax._sides.damping import dp_dlm as dp_dlm
 from kfqn_optax._sides.diagonal import diagonal as diagonal
 from kfqn_optax._sides.factor import InverseFactor as InverseFactor
 from kfqn_optax._sides.fisher import fisher as fisher
+from kfqn_optax._sides.group_secant import group_secant as group_secant
 from kfqn_optax._sides.hessian_action import hessian_action as hessian_action
 from kfqn_optax._sides.lbfgs import lbfgs as lbfgs
 from kfqn_optax._sides.minibatch_action import minibatch_action as minibatch_action

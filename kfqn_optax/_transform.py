@@ -245,7 +245,8 @@ def _view(
 
 def _of_inputs(statistics: dict[str, Statistics]) -> dict[str, Any]:
     """What an input side sees: nothing whose shape depends on the layer's outputs."""
-    absent: Any = dict.fromkeys(("preactivations", "preactivation_grads", "grad_moment"))
+    fields = ("preactivations", "preactivation_grads", "grad_moment", "part_preactivations", "part_grads")
+    absent: Any = dict.fromkeys(fields)
     return {name: value._replace(**absent) for name, value in statistics.items()}
 
 

@@ -39,11 +39,12 @@ def block_inverse(
 ) -> Side:
     """H follows (S + l I)^-1 by one block BFGS update a step, with no inverse but at the start:
 
-    P = H V,  Y = (S + l I) P,  H <- bfgs(H, P, Y),
+    Y = (S + l I) V,  H <- bfgs(H, V, Y),  so that H (S + l I) V = V,
 
     with V of random normal columns and S <- decay S + (1 - decay) S of the batch; the first batch starts
     S. A step costs three products of S's size and width ``directions`` and one Cholesky factor of that
-    width, and follows a changing l as it follows S.
+    width, and follows a changing l as it follows S. Directions H V in the place of V follow a drifting S
+    less closely, and cost a product more.
 
     Args:
       moment_of: which statistic S is: A, the second moment of inputs, or G, that of the per-example
@@ -60,8 +61,8 @@ def block_inverse(
       >>> side.init(3, jnp.float32).factor.shape
       (3, 3)
 
-    Source: Goldfarb, Gower, Richtarik 2016, "Stochastic block BFGS", arXiv 1603.09649; the sketch by
-    H V is that of Gower, Goldfarb, with a fixed V of fresh columns in each step.
+    Source: Gower, Richtarik 2017, "Randomized quasi-Newton updates are linearly convergent matrix
+    inversion algorithms", arXiv 1602.01768, for a fixed matrix.
     """
     check_constants(decay=decay, directions=directions)
 
@@ -114,7 +115,7 @@ def _follow(state: BlockInverseState, damping: jax.Array, directions: int) -> Bl
     moment, h = state.second_moment, state.factor
     width = min(directions, h.shape[0])
     key = jax.random.fold_in(jax.random.key(0), state.count)
-    s = h @ jax.random.normal(key, (h.shape[0], width), h.dtype)
+    s = jax.random.normal(key, (h.shape[0], width), h.dtype)
     y = moment @ s + damping * s
     factor, pairs = take_block(h, state.pairs, s, y, jnp.ones(width, bool))
     return state._replace(factor=factor, pairs=pairs)
