@@ -31,13 +31,13 @@ def block_update(h: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
 
     Source: Goldfarb, Gower, Richtarik 2016, "Stochastic block BFGS", arXiv 1603.09649, equation 7.
     """
-    sy = (s * y).sum(0)
+    sy = (s * y).sum(0)[None, :]
     fits = sy > 0
     scale = safe_divide(fits.astype(h.dtype), jnp.sqrt(jnp.where(fits, sy, 1)))
     s, y = jnp.where(fits, s, 0) * scale, jnp.where(fits, y, 0) * scale
     k = s.T @ y
     rounding = _SLACK * jnp.finfo(h.dtype).eps
-    k = 0.5 * (k + k.T) + jnp.diag(rounding + ~fits)
+    k = 0.5 * (k + k.T) + jnp.diag(rounding + ~fits[0])
     root = inverse_root(k)
     w, v = s @ root.T, y @ root.T
     hv = h @ v
@@ -76,7 +76,7 @@ def take_block(
     Returns:
       H+ or H; the counts, to which every pair has been added as taken or skipped.
     """
-    s, y = jnp.where(good, s, 0), jnp.where(good, y, 0)
+    s, y = jnp.where(good[None, :], s, 0), jnp.where(good[None, :], y, 0)
     candidate = block_update(h, s, y)
     finite = all_finite(candidate)
     taken = jnp.where(finite, (((s * y).sum(0)) > 0).sum(), 0).astype(pairs.counts.dtype)

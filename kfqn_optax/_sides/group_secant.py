@@ -128,16 +128,16 @@ def group_secant(
 
 def _changes(before: Any, after: Any, groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """h+ - h and g+ - g of each group, and whether both ends have seen rows of it."""
+    if groups == 1:
+        ds = after.preactivations - before.preactivations
+        dy = after.preactivation_grads - before.preactivation_grads
+        return ds[None], dy[None], ((before.rows > 0) & (after.rows > 0))[None]
     measured = 1 if before.part_rows is None else before.part_rows.shape[0]
     if measured != groups:
         raise ValueError(
             f"kfqn: the optimizer was made with groups={groups}, but the curvature has statistics of"
             f" {measured}. Give kfqn.value_and_grad(loss_fn, layers, groups={groups})."
         )
-    if groups == 1:
-        ds = after.preactivations - before.preactivations
-        dy = after.preactivation_grads - before.preactivation_grads
-        return ds[None], dy[None], ((before.rows > 0) & (after.rows > 0))[None]
     seen = (before.rows > 0) & (before.part_rows > 0) & (after.part_rows > 0)
     ds = after.part_preactivations - before.part_preactivations
     return ds, after.part_grads - before.part_grads, seen

@@ -544,11 +544,11 @@ DAMPING = lambda k: 0.3 * 0.9**k
 STEPS = 15
 
 
-def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS, damping=DAMPING):
+def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS, damping=DAMPING, groups=1):
     """Train the model and the oracle side by side, and compare all of their state after each step."""
     params, layers, loss_fn, mlp = problem(rng, l2=1e-2)
     x, target = make_batches(rng, steps)
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers, has_aux=True)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, has_aux=True, groups=groups)
     tx = optimizer(LR, layers, damping=damping, norm_constraint=kappa)
     state, warm_a = tx.init(params), None
     if warm:
@@ -575,8 +575,8 @@ def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS, damping=
             inputs, outputs = state[0].inputs[name], state[0].outputs[name]
             close(stacked(params[name]), mlp.matrices[i], 1e-10)
             close(inputs.factor, twin.h_a[i], 1e-9)
-            close(outputs.s, twin.s[i], 1e-10)
-            close(outputs.y, twin.y[i], 1e-10)
+            close(outputs.s.reshape(twin.s[i].shape), twin.s[i], 1e-10)
+            close(outputs.y.reshape(twin.y[i].shape), twin.y[i], 1e-10)
             if twin.memory is None:
                 close(outputs.factor, twin.h_g[i], 1e-9)
             if twin.a is not None:
@@ -611,6 +611,21 @@ def test_kbfgs_l_is_algorithm_2_with_the_last_pairs(rng):
         warm=True,
         steps=8,
     )
+
+
+@pytest.mark.parametrize("start", ["identity", "gradients"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_kbfgs_with_a_pair_of_each_group(groups, start, rng):
+    """Several pairs a step, one after the other, and H_g started at the inverse second moment of g."""
+    _, _, state, twin = run(
+        functools.partial(kfqn.kbfgs, groups=groups, start=start),
+        functools.partial(oracles.GroupKBFGS, groups=groups, start=start),
+        rng,
+        steps=8,
+        groups=groups,
+    )
+    for i, side in enumerate(state[0].outputs.values()):
+        assert side.pairs.counts.tolist()[0] == len(twin.pairs[i]) == 8 * groups
 
 
 def test_kfqn_is_algorithm_3(rng):
