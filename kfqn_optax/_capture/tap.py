@@ -157,7 +157,7 @@ def part_sums(
             sums = sums_of(inputs, slot)
         return sums["rows"], sums["inputs"]
 
-    split = None if w is None else w.reshape((parts, -1) + w.shape[1:])
+    split = None if w is None else w.reshape((parts, -1, *w.shape[1:]))
     rows, totals = jax.vmap(of_one)(_split(inputs, axis, parts), split)
     return {
         "part_rows": rows.reshape(slot["part_rows"].shape),
@@ -174,7 +174,7 @@ def _split(array: jax.Array, axis: int, parts: int) -> jax.Array:
             f" which has length {length} (in an array of shape {array.shape}). Give batches whose size is"
             " a multiple of groups."
         )
-    shape = array.shape[:axis] + (parts, length // parts) + array.shape[axis + 1 :]
+    shape = (*array.shape[:axis], parts, length // parts, *array.shape[axis + 1 :])
     return jnp.moveaxis(array.reshape(shape), axis, 0)
 
 

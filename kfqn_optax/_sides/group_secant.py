@@ -41,7 +41,8 @@ def group_secant(
 
     with h_b the mean pre-activation over part b and g_b the mean of its per-example gradients, + after
     the step. The pairs are damped and taken one after the other, each with the H_g that the one before
-    it left. With one group and the start at I this is :func:`secant`.
+    it left: as one block their K = S^T Y is seldom positive definite. With one group and the start at I
+    this is :func:`secant`.
 
     Args:
       rule: the damping rule, for example ``dp_dlm``; its second constant is l_G.

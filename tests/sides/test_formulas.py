@@ -397,6 +397,53 @@ def test_secant_averages_the_undamped_changes(rng):
     assert damped > 0
 
 
+def grouped(batch, h, g, groups=2):
+    """Statistics with those of equal parts."""
+    split = lambda rows: np.stack(np.split(rows, groups))
+    return statistics(batch, h, g)._replace(
+        part_rows=jnp.full(groups, len(h) / groups),
+        part_preactivations=jnp.asarray(split(h).mean(1)),
+        part_grads=jnp.asarray(groups * split(g).sum(1)),
+        grad_moment=jnp.asarray(len(g) ** 2 * oracles.second_moment(g)),
+    )
+
+
+def test_a_bad_pair_of_one_group_is_skipped_and_the_others_are_taken(rng):
+    side, damping = kfqn.group_secant(kfqn.dp_dlm, 0.9, 0.2, groups=2), 0.5
+    h0, h1, g0, g1 = rng.normal(size=(4, 4, D))
+    before, after = grouped(None, h0, g0), grouped(None, h1, g1)
+    bad = after._replace(part_grads=after.part_grads.at[1, 0].set(jnp.nan))
+    empty = after._replace(part_rows=jnp.array([2.0, 0.0]))
+    state = side.init(D, jnp.float64)
+    s, y = 0.1 * (h1 - h0)[:2].mean(0), 0.1 * 4 * (g1 - g0)[:2].mean(0)
+    expected = oracles.bfgs(np.eye(D), *oracles.dp_dlm(np.eye(D), s, y, 0.2, damping))
+    for end in (bad, empty):
+        new = side.update(state, before, end, damping)
+        close(new.factor, expected, 1e-10)
+        close(new.s, np.stack([s, np.zeros(D)]))
+        close(new.y, np.stack([y, np.zeros(D)]))
+        assert new.pairs.counts.tolist() == [1, 1, 1]
+
+
+def test_the_start_at_the_gradients_waits_for_a_good_batch(rng):
+    side = kfqn.group_secant(kfqn.dp_dlm, 0.9, 0.2, groups=2, start="gradients")
+    h, g = rng.normal(size=(2, 4, D))
+    good = grouped(None, h, g)
+    state = side.init(D, jnp.float64)
+    for moment, rows in ((jnp.full((D, D), jnp.nan), 4.0), (jnp.eye(D), 0.0), (-jnp.eye(D), 4.0)):
+        bad = good._replace(grad_moment=moment, rows=jnp.asarray(rows))
+        after = side.start(side.observe(state, bad, 0.5), 0.5)
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+        assert side.update(after, good, good, 0.5).pairs.counts.tolist() == [0, 0, 2]
+    state = side.observe(state, good, 0.5)
+    assert bool(side.starting(state))
+    state = side.start(state, 0.5)
+    close(state.factor, np.linalg.inv(16 * oracles.second_moment(g) + 0.5 * np.eye(D)), 1e-10)
+    assert not bool(side.starting(state))
+    same = side.start(side.observe(state, grouped(None, h, 2 * g), 0.5), 0.5)
+    np.testing.assert_array_equal(same.factor, state.factor)
+
+
 def test_minibatch_action(rng):
     side, damping = kfqn.minibatch_action(kfqn.bfgs), 0.4
     batch = rng.normal(size=(4, D))
