@@ -15,11 +15,13 @@ from kfqn_optax._capture.nnx import merge as merge
 from kfqn_optax._capture.tap import weights as weights
 from kfqn_optax._diagnostics import diagnostics as diagnostics
 from kfqn_optax._sides.bfgs import bfgs as bfgs
+from kfqn_optax._sides.block_inverse import block_inverse as block_inverse
 from kfqn_optax._sides.damping import double_damping as double_damping
 from kfqn_optax._sides.damping import dp_dlm as dp_dlm
 from kfqn_optax._sides.diagonal import diagonal as diagonal
 from kfqn_optax._sides.factor import InverseFactor as InverseFactor
 from kfqn_optax._sides.fisher import fisher as fisher
+from kfqn_optax._sides.group_secant import group_secant as group_secant
 from kfqn_optax._sides.hessian_action import hessian_action as hessian_action
 from kfqn_optax._sides.lbfgs import lbfgs as lbfgs
 from kfqn_optax._sides.minibatch_action import minibatch_action as minibatch_action

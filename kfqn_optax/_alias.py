@@ -13,6 +13,7 @@ from kfqn_optax._sides.damping import double_damping, dp_dlm
 from kfqn_optax._sides.diagonal import diagonal
 from kfqn_optax._sides.factor import InverseFactor
 from kfqn_optax._sides.fisher import fisher
+from kfqn_optax._sides.group_secant import group_secant
 from kfqn_optax._sides.hessian_action import hessian_action
 from kfqn_optax._sides.lbfgs import lbfgs
 from kfqn_optax._sides.minibatch_action import minibatch_action
@@ -36,6 +37,8 @@ def kbfgs(
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
     update_every: int = 1,
+    groups: int = 1,
+    start: str = "identity",
     max_dim: int | None = None,
     factor_dtype: Any = None,
     precision: str = "highest",
@@ -65,6 +68,11 @@ def kbfgs(
       weight_decay: decoupled weight decay, as in ``optax.adamw``.
       mask: which parameters are decayed, as in ``optax.add_decayed_weights``.
       update_every: make the second pass and update both factors every this many steps.
+      groups: how many pairs H_g takes a step, one of each of as many equal parts of the batch; give
+        ``value_and_grad`` the same number. The paper takes one, of the whole batch. H_g of limited
+        memory keeps to one.
+      start: where H_g starts. ``"identity"``: at I, as in the paper. ``"gradients"``: at
+        (G + l_G I)^-1, G the second moment of the first batch's per-example pre-activation gradients.
       max_dim: a side longer than this gets a factor of limited memory instead of a square one; None for
         8192.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
@@ -103,7 +111,7 @@ def kbfgs(
         learning_rate,
         layers,
         input_side=_hessian_action_side(decay, max_dim),
-        output_side=_secant_side(bfgs, double_damping, decay, mu1, max_dim),
+        output_side=_secant_side(bfgs, double_damping, decay, mu1, max_dim, groups, start),
         weight_decay=weight_decay,
         mask=mask,
         damping=damping,
@@ -194,6 +202,8 @@ def kfqn(
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
     update_every: int = 1,
+    groups: int = 1,
+    start: str = "identity",
     max_dim: int | None = None,
     factor_dtype: Any = None,
     precision: str = "highest",
@@ -208,8 +218,8 @@ def kfqn(
       learning_rate: a number or a schedule.
       layers: what :func:`find_layers` returned.
       damping: lambda > 0, without an upper limit here. A number or a schedule.
-      step_rule, momentum, decay, mu1, weight_decay, mask, update_every, max_dim, factor_dtype,
-        precision: as for :func:`kbfgs`.
+      step_rule, momentum, decay, mu1, weight_decay, mask, update_every, groups, start, max_dim,
+        factor_dtype, precision: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -231,7 +241,7 @@ def kfqn(
         learning_rate,
         layers,
         input_side=_minibatch_action_side(bfgs, decay, max_dim),
-        output_side=_secant_side(bfgs, dp_dlm, decay, mu1, max_dim),
+        output_side=_secant_side(bfgs, dp_dlm, decay, mu1, max_dim, groups, start),
         weight_decay=weight_decay,
         mask=mask,
         damping=damping,
@@ -376,11 +386,24 @@ def _minibatch_action_side(
 
 
 def _secant_side(
-    factor: InverseFactor, rule: DampingRule, decay: float, mu1: float, max_dim: int | None
+    factor: InverseFactor,
+    rule: DampingRule,
+    decay: float,
+    mu1: float,
+    max_dim: int | None,
+    groups: int = 1,
+    start: str = "identity",
 ) -> Callable[[Layer], Side]:
     limit = _limit(max_dim)
     short, long = (secant(f, rule, decay, mu1) for f in (factor, lbfgs(LONG_MEMORY)))
-    return lambda layer: short if layer.out_dim <= limit else long
+    if (groups, start) != (1, "identity"):
+        short = group_secant(rule, decay, mu1, groups, start)
+
+    def side(layer: Layer) -> Side:
+        fits = layer.out_dim <= limit and (start == "identity" or "grad_moment" in layer.slot_shapes)
+        return short if fits else long
+
+    return side
 
 
 def _chain(

@@ -13,6 +13,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "floor": (lambda x: x > 0, "positive"),
     "ceiling": (lambda x: x > 0, "positive"),
+    "directions": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+    "groups": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "inverse_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "max_dim": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "memory": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
@@ -30,7 +32,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "update_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
 }
 _MAY_BE_NONE = ("max_dim", "others_decay", "rows", "statistics_rows", "step_rule")
-_STATIC = ("max_dim", "memory", "rows", "statistics_rows")
+_STATIC = ("directions", "groups", "max_dim", "memory", "rows", "statistics_rows")
 
 
 def check_constants(*, call: str = "kfqn", **constants: Any) -> None:

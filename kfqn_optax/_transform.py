@@ -273,14 +273,15 @@ def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Arr
 
     before = seen(curvature.statistics)
     if not method.of_factors:
-        return _Batch(before, before, before, None)
+        return _Batch(before, _of_inputs(before), _of_outputs(before), None)
     statistics, sampled = curvature.factor_statistics(rows=method.statistics_rows)
     of_factors = seen(statistics)
 
-    def for_sides(sides):
+    def chosen(sides):
         return {name: of_factors[name] if sides[name].of_factors else before[name] for name in before}
 
-    return _Batch(before, for_sides(method.inputs), for_sides(method.outputs), sampled)
+    inputs, outputs = _of_inputs(chosen(method.inputs)), _of_outputs(chosen(method.outputs))
+    return _Batch(before, inputs, outputs, sampled)
 
 
 def _average(method: _Method, state: ScaleByKfqnState, grads: chex.ArrayTree, sane: jax.Array):
@@ -405,11 +406,18 @@ def _second_pass(
         end = curvature.after(update, _homogeneous(asking, method.layers, vectors))
         after = _view(present, end.statistics, method.dtype_of)
         with jax.default_matmul_precision(method.precision):
+            of_inputs, of_outputs = _of_inputs(after), _of_outputs(after)
             inputs = each(
-                present, method.inputs, "update", sides.inputs, batch.inputs, after, dampings.inputs
+                present, method.inputs, "update", sides.inputs, batch.inputs, of_inputs, dampings.inputs
             )
             outputs = each(
-                present, method.outputs, "update", sides.outputs, batch.outputs, after, dampings.outputs
+                present,
+                method.outputs,
+                "update",
+                sides.outputs,
+                batch.outputs,
+                of_outputs,
+                dampings.outputs,
             )
         measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
         return _Sides(inputs, outputs), end.value, jnp.asarray(True), all_finite(measured)
@@ -464,7 +472,8 @@ def _view(
 
 def _of_inputs(statistics: dict[str, Statistics]) -> dict[str, Any]:
     """What an input side sees: nothing whose shape depends on the layer's outputs."""
-    absent: Any = dict.fromkeys(("preactivations", "preactivation_grads", "grad_moment"))
+    fields = ("preactivations", "preactivation_grads", "grad_moment", "part_preactivations", "part_grads")
+    absent: Any = dict.fromkeys(fields)
     return {name: value._replace(**absent) for name, value in statistics.items()}
 
 

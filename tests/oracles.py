@@ -25,6 +25,14 @@ def bfgs(h, s, y):
     return (identity - rho * np.outer(s, y)) @ h @ (identity - rho * np.outer(y, s)) + rho * np.outer(s, s)
 
 
+def block_bfgs(h, s, y):
+    """S K^-1 S^T + (I - S K^-1 Y^T) H (I - Y K^-1 S^T), pairs in columns, K the symmetric part of S^T Y."""
+    k, identity = (s.T @ y + y.T @ s) / 2, np.eye(len(h))
+    inverse = np.linalg.inv(k)
+    left = identity - s @ inverse @ y.T
+    return s @ inverse @ s.T + left @ h @ left.T
+
+
 def lbfgs(pairs, dim, gamma=1.0):
     """The matrix that pairs (oldest first) make of gamma I."""
     h = gamma * np.eye(dim)
@@ -43,12 +51,13 @@ def powell(h, s, y, mu1):
 
 
 def double_damping(h, s, y, mu1, mu2):
-    """Powell's damping on H, then the same on the identity: s^T y >= mu2 s^T s."""
+    """Powell's damping on H, then the same on the identity: s^T y >= mu2 s^T s. The paper's up to
+    mu2 = 1, where it gives y = s; above, what the package documents of its own."""
     s = powell(h, s, y, mu1)
     if s @ s > 0 and s @ y <= mu2 * s @ s:
-        if mu2 >= 1:
+        if mu2 > 1:
             return s, y + (mu2 - s @ y / (s @ s)) * s
-        theta = (1 - mu2) * s @ s / (s @ s - s @ y)
+        theta = (1 - mu2) * s @ s / (s @ s - s @ y) if mu2 < 1 else 0.0
         y = theta * y + (1 - theta) * s
     return s, y
 
@@ -120,6 +129,7 @@ class KBFGS:
         grads = [inputs[i].T @ g[i] + mlp.l2 * mlp.matrices[i] for i in everything]
         self.m = [beta * m + (1 - beta) * grad for m, grad in zip(self.m, grads, strict=True)]
         self.observe(inputs, root)
+        self.observe_grads(g, root)
 
         d = [self.h_a[i] @ self.m[i] @ self.h_g[i] for i in everything]
         inner = sum((self.m[i] * d[i]).sum() for i in everything)
@@ -128,16 +138,7 @@ class KBFGS:
 
         _, inputs_after, h_after, g_after = mlp.passes(mlp.matrices, x, target)
         for i in everything:
-            self.s[i] = beta * self.s[i] + (1 - beta) * (h_after[i] - h[i]).mean(0)
-            self.y[i] = beta * self.y[i] + (1 - beta) * (g_after[i] - g[i]).sum(0)
-            pair = self.damp(self.h_g[i], self.s[i], self.y[i], self.mu1, root)
-            if accepted(*pair, gate=g[i].sum(0)):
-                self.pairs[i] = [*self.pairs[i], pair]
-                if self.memory is None:
-                    self.h_g[i] = bfgs(self.h_g[i], *pair)
-                else:
-                    self.pairs[i] = self.pairs[i][-self.memory :]
-                    self.h_g[i] = lbfgs(self.pairs[i], len(self.s[i]))
+            self.outputs(i, h_after[i] - h[i], g_after[i] - g[i], root, gate=g[i].sum(0))
             a_bar = inputs[i].mean(0)
             s_a = self.h_a[i] @ a_bar
             y_a = self.action(i, inputs_after[i], s_a) + root * s_a
@@ -145,6 +146,25 @@ class KBFGS:
                 self.h_a[i] = bfgs(self.h_a[i], s_a, y_a)
         self.step += 1
         return loss
+
+    def outputs(self, i, dh, dg, root, gate):
+        """H_g of layer i takes its pair, from the changes of all rows."""
+        self.s[i] = self.beta * self.s[i] + (1 - self.beta) * dh.mean(0)
+        self.y[i] = self.beta * self.y[i] + (1 - self.beta) * dg.sum(0)
+        self.take(i, self.s[i], self.y[i], root, gate)
+
+    def take(self, i, s, y, root, gate):
+        pair = self.damp(self.h_g[i], s, y, self.mu1, root)
+        if accepted(*pair, gate=gate):
+            self.pairs[i] = [*self.pairs[i], pair]
+            if self.memory is None:
+                self.h_g[i] = bfgs(self.h_g[i], *pair)
+            else:
+                self.pairs[i] = self.pairs[i][-self.memory :]
+                self.h_g[i] = lbfgs(self.pairs[i], len(s))
+
+    def observe_grads(self, g, root):
+        """Nothing: H_g starts at I."""
 
     def observe(self, inputs, root):
         moments = [second_moment(rows) for rows in inputs]
@@ -170,3 +190,26 @@ class KFQN(KBFGS):
 
     def action(self, i, inputs_after, s):
         return sum(a * (a @ s) for a in inputs_after) / len(inputs_after)
+
+
+class GroupKBFGS(KBFGS):
+    """Section 7's second row: a pair of each of several equal parts of the batch, taken one after the
+    other, and H_g started at (G + l_G I)^-1 of the first batch's own per-example gradients."""
+
+    def __init__(self, *args, groups=1, start="identity", **options):
+        super().__init__(*args, **options)
+        self.groups, self.start = groups, start
+        self.s, self.y = ([np.zeros((groups, len(s))) for s in self.s] for _ in range(2))
+
+    def observe_grads(self, g, root):
+        if self.step == 0 and self.start == "gradients":
+            per_example = [len(rows) * rows for rows in g]  # the loss is a mean over them
+            self.h_g = [np.linalg.inv(second_moment(r) + root * np.eye(r.shape[1])) for r in per_example]
+
+    def outputs(self, i, dh, dg, root, gate):
+        beta, rows = self.beta, len(dh)
+        parts = np.split(np.arange(rows), self.groups)
+        for b, part in enumerate(parts):
+            self.s[i][b] = beta * self.s[i][b] + (1 - beta) * dh[part].mean(0)
+            self.y[i][b] = beta * self.y[i][b] + (1 - beta) * (rows * dg[part]).mean(0)
+            self.take(i, self.s[i][b], self.y[i][b], root, gate)

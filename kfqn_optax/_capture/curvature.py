@@ -8,12 +8,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from kfqn_optax._capture.forms import with_parts
 from kfqn_optax._capture.layers import Layers, check_parameters, is_masked, put
 from kfqn_optax._capture.linen import tapping
 from kfqn_optax._capture.nnx import ModelCall, as_arrays, is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
 from kfqn_optax._capture.statistics import Statistics, normalise
 from kfqn_optax._capture.tap import SLOT
+from kfqn_optax._constants import check_constants
 
 
 class Curvature:
@@ -88,6 +90,7 @@ def value_and_grad(
     has_aux: bool = False,
     forward: Callable[..., Any] | None = None,
     sampled_loss: Callable[..., Any] | None = None,
+    groups: int = 1,
 ) -> "ValueAndGrad":
     """Like ``jax.value_and_grad``, and the curvature statistics of the same pass.
 
@@ -107,6 +110,9 @@ def value_and_grad(
         matrix: the loss with labels drawn from the model's own predictions, a scalar without aux, in
         which the model is not differentiated in forward mode. Without it ``kfac`` uses the gradients of
         ``loss_fn``, the empirical Fisher matrix; with ``forward`` it cannot do without.
+      groups: into how many equal parts of the examples the batch is split for optimizers that take a
+        curvature pair of each (``kbfgs(..., groups=...)``). The examples are those of the first axis of
+        a layer's rows, which it must divide. Not with ``forward``.
 
     Returns:
       A function of ``(params, *args, **kwargs)`` that returns ``(value, grads, curvature)``, with
@@ -118,7 +124,8 @@ def value_and_grad(
 
     Raises:
       TypeError: if ``layers`` is something else.
-      ValueError: when called with parameters that are not those ``layers`` were found on.
+      ValueError: when called with parameters that are not those ``layers`` were found on, or with a
+        batch that ``groups`` does not divide.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
@@ -152,6 +159,13 @@ def value_and_grad(
             f"kfqn.value_and_grad: layers is a {type(layers).__name__}, not what kfqn.find_layers"
             " returns. Call value_and_grad(loss_fn, kfqn.find_layers(model, variables, inputs))."
         )
+    check_constants(call="kfqn.value_and_grad", groups=groups)
+    if groups > 1 and forward is not None:
+        raise ValueError(
+            "kfqn.value_and_grad: groups= and forward= do not go together: a virtual bias has no rows to"
+            " be split. Leave groups at 1."
+        )
+    layers = with_parts(layers, int(groups))
     return ValueAndGrad(loss_fn, layers, has_aux, forward, sampled_loss)
 
 

@@ -1,5 +1,7 @@
 """Layers as linear maps: which axes are rows, groups, inputs and outputs. Flax linen and NNX share it."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from kfqn_optax._capture.tap import (
     convolution_sums,
     dense_sums,
     embedding_sums,
+    part_sums,
     slot_shapes,
 )
 
@@ -88,7 +91,7 @@ def einsum_form(kind: str, equation: str, kernel: tuple[int, ...], ndim: int) ->
         raise Unsupported(f"with the equation {equation!r}")
     remaining = [c for c in right if c in rhs]
     output_axes = OutputAxes(
-        tuple(right.index(c) for c in right if c in rows),
+        tuple(right.index(c) for c in rows),
         tuple(remaining.index(c) for c in groups + features),
     )
     return _dense(
@@ -138,6 +141,31 @@ def form_sums(
     For a convolution ``one_output(inputs, kernel)`` is the layer with one output channel a group and no
     bias, and its kernel has the axes of the layer's.
     """
+    sums = _sums(form, inputs, slot, one_output)
+    if "part_rows" in slot:
+        plain = functools.partial(_sums, form, one_output=one_output)
+        sums |= part_sums(plain, inputs, _first_row_axis(form, inputs), slot)
+    return sums
+
+
+def _first_row_axis(form: Form, inputs: jax.Array) -> int:
+    """Where the inputs have the first axis of the layer's rows, which must be one of examples."""
+    spatial = len(form.kernel_order) - 2 - (form.groups > 1) if form.kind.startswith("Conv") else 0
+    if len(form.output_axes.rows) <= spatial:
+        raise ValueError(
+            f"kfqn.value_and_grad: with groups=, every layer must see an axis of examples, but a"
+            f" {form.kind} sees inputs of shape {inputs.shape}. Call the model on batches, without"
+            " jax.vmap over the examples."
+        )
+    return 0 if form.input_order is None else form.input_order[0]
+
+
+def _sums(
+    form: Form,
+    inputs: jax.Array,
+    slot: Slot,
+    one_output: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> dict[str, jax.Array]:
     if one_output is not None:
         return _convolution_sums(form, one_output, inputs, slot)
     if form.input_order is None:
@@ -206,6 +234,20 @@ def layer_of(
         slot_shapes={key: _insert(shape, slot_axes, stack) for key, shape in shapes.items()},
         dtype=jnp.promote_types(kernel.dtype, jnp.float32),
     )
+
+
+def with_parts(layers: Layers, parts: int) -> Layers:
+    """The same layers, with slots that keep sums for this many equal parts of the rows, if several."""
+    if parts == 1:
+        return layers
+    found = []
+    for layer in layers:
+        grown = dict(layer.slot_shapes)
+        for key, of in (("part_rows", "rows"), ("part_inputs", "inputs"), ("part_grads", "grads")):
+            one = [x for i, x in enumerate(layer.slot_shapes[of]) if i not in layer.slot_axes]
+            grown[key] = _insert((parts * one[0], *one[1:]), layer.slot_axes, layer.stack)
+        found.append(dataclasses.replace(layer, slot_shapes=grown))
+    return dataclasses.replace(layers, found=tuple(found))
 
 
 def layers_of(

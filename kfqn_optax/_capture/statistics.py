@@ -38,6 +38,11 @@ class Statistics(NamedTuple):
         convolution, is 1 elsewhere. Where L is a mean over examples, it is the mean over examples of the
         outer products of per-example gradients, summed over positions. None for too long a side, and
         where ``forward`` takes the place of a tapped loss. (d_out, d_out).
+      part_rows: n of each of B equal parts of the batch; this and the next two are None without
+        ``value_and_grad(..., groups=B)``. (B,).
+      part_preactivations: ``preactivations`` of each part. (B, d_out).
+      part_grads: ``preactivation_grads`` of each part, times n over the part's: their average, weighted
+        by rows, is ``preactivation_grads``. (B, d_out).
     """
 
     rows: jax.Array
@@ -48,6 +53,9 @@ class Statistics(NamedTuple):
     product: jax.Array
     second_moment: jax.Array | None
     grad_moment: jax.Array | None
+    part_rows: jax.Array | None = None
+    part_preactivations: jax.Array | None = None
+    part_grads: jax.Array | None = None
 
 
 def normalise(
@@ -105,6 +113,30 @@ def _normalise(
     if "grad_moment" in sums:
         scale = rows[..., None, None] / layer.positions
         grad_moment = scale * canonical("grad_moment", out, out)
+    parts = _parts(layer, matrix, sums, rows) if "part_rows" in sums else (None, None, None)
     return Statistics(
-        rows, inputs, preactivations, canonical("grads", out), squares, product, moment, grad_moment
+        rows, inputs, preactivations, canonical("grads", out), squares, product, moment, grad_moment, *parts
     )
+
+
+def _parts(
+    layer: Layer, matrix: jax.Array, sums: Mapping[str, jax.Array], rows: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``part_rows``, ``part_preactivations`` and ``part_grads``."""
+    stack, groups = layer.stack, layer.groups
+    count = to_front(sums["part_rows"], layer.slot_axes).reshape((*stack, 1, -1))
+    parts = count.shape[-1]
+    count = jnp.broadcast_to(count, (*stack, groups, parts)).reshape((*layer.copies, parts))
+
+    def canonical(key: str, dim: int) -> jax.Array:
+        array = to_front(sums[key], layer.slot_axes).reshape((*stack, parts, groups, dim))
+        return jnp.moveaxis(array, -3, -2).reshape((*layer.copies, parts, dim))
+
+    inputs = safe_divide(canonical("part_inputs", layer.in_dim), count[..., None])
+    if layer.use_bias:
+        inputs = jnp.concatenate([inputs, jnp.ones_like(inputs[..., :1])], axis=-1)
+    preactivations = jnp.einsum(
+        "...bi,...io->...bo", inputs, matrix.astype(inputs.dtype), precision="highest"
+    )
+    scale = safe_divide(rows[..., None], count)[..., None]
+    return count, preactivations, scale * canonical("part_grads", layer.out_dim)

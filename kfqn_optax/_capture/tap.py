@@ -15,6 +15,9 @@ key                shape of the slot       what ``jax.grad`` returns for it
 ``bias_product``   (groups, 1, 1)          sum over rows of a^T v
 ``vector``         (groups, d_in, 1)       nothing; it brings v to the layer
 ``grad_moment``    (groups, d_out, d_out)  sum over rows of dL/dh (dL/dh)^T; only where it is there
+``part_rows``      (parts, 1, 1)           ``rows`` of each of several equal parts of the batch
+``part_inputs``    (parts groups, d_in, 1)   ``inputs`` of each part; parts come before groups
+``part_grads``     (parts groups, d_out, 1)  ``grads`` of each part; only where a slot has these keys
 =================  ======================  =========================================================
 
 so the statistics have no side effect to leak: they are stacked by scan and vmap, and summed over weight
@@ -133,6 +136,46 @@ def embedding_sums(ids: jax.Array, slot: Slot) -> dict[str, jax.Array]:
         "bias_product": counts @ vector,
     }
     return _shaped(sums, slot)
+
+
+def part_sums(
+    sums_of: Callable[[jax.Array, Slot], Mapping[str, jax.Array]], inputs: jax.Array, axis: int, slot: Slot
+) -> dict[str, jax.Array]:
+    """``part_rows`` and ``part_inputs``: the sums of equal parts of the inputs along ``axis``.
+
+    Args:
+      sums_of: ``sums_of(inputs, slot)``, the sums over rows of some of the inputs.
+      inputs: the layer's inputs.
+      axis: where they have the first axis of the layer's rows.
+      slot: the slot, which tells how many parts.
+    """
+    parts, w = len(slot["part_rows"]), _weights.value
+    w = None if w is None or w.ndim == 0 else w
+
+    def of_one(inputs, w):
+        with contextlib.nullcontext() if w is None else weights(w):
+            sums = sums_of(inputs, slot)
+        return sums["rows"], sums["inputs"]
+
+    split = None if w is None else w.reshape((parts, -1, *w.shape[1:]))
+    rows, totals = jax.vmap(of_one)(_split(inputs, axis, parts), split)
+    return {
+        "part_rows": rows.reshape(slot["part_rows"].shape),
+        "part_inputs": totals.reshape(slot["part_inputs"].shape),
+    }
+
+
+def _split(array: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Equal parts along an axis, on a new axis in front."""
+    length = array.shape[axis]
+    if length % parts:
+        raise ValueError(
+            f"kfqn.value_and_grad: groups={parts} does not divide the first of the axes of a layer's rows,"
+            f" which has length {length} (in an array of shape {array.shape}). Give batches whose size is"
+            " a multiple of groups."
+        )
+    shape = (*array.shape[:axis], parts, length // parts, *array.shape[axis + 1 :])
+    return jnp.moveaxis(array.reshape(shape), axis, 0)
 
 
 def _vector(slot: Slot, groups: int, in_dim: int) -> jax.Array:
@@ -278,6 +321,10 @@ def _tap_backward(axes, residuals, cotangent):
     g = cotangent.astype(ours["grads"].dtype)
     total = g.sum(axes.rows).transpose(axes.order)
     slot_grads = dict(sums, grads=total.reshape(ours["grads"].shape), vector=jnp.zeros_like(ours["vector"]))
+    if "part_grads" in ours:
+        split = _split(g, axes.rows[0], ours["part_grads"].shape[0] // ours["grads"].shape[0])
+        totals = jax.vmap(lambda part: part.sum(axes.rows).transpose(axes.order))(split)
+        slot_grads["part_grads"] = totals.reshape(ours["part_grads"].shape)
     if "grad_moment" in ours:
         groups, out_dim = ours["grad_moment"].shape[:2]
         others = [i for i in range(g.ndim) if i not in axes.rows]

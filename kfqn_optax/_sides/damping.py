@@ -19,7 +19,9 @@ def double_damping(
     First Powell's damping on H: with q = y^T H y and s^T y <= mu1 q,
     s <- th s + (1 - th) H y, th = (1 - mu1) q / (q - s^T y). Then on the identity: with
     s^T y <= mu2 s^T s, y <- th y + (1 - th) s, th = (1 - mu2) s^T s / (s^T s - s^T y), a convex
-    combination for mu2 < 1. From mu2 = 1 on, where it would not be one, y <- y + (mu2 - s^T y / s^T s) s.
+    combination for mu2 <= 1; at mu2 = 1 it is y = s. Above 1, where it would not be convex,
+    y <- y + (mu2 - s^T y / s^T s) s instead: the curvature along s is raised no further than mu2, and
+    the rest of y kept. The two do not meet at mu2 = 1.
 
     Args:
       s: change of the mean pre-activations. (d,).
@@ -38,14 +40,14 @@ def double_damping(
       Array([0.5, 0. ], dtype=float32)
 
     Source: Goldfarb, Ren, Bahamou 2020, Algorithm 2, with the constants of the authors' program; what is
-    done from mu2 = 1 on is not in the paper.
+    done above mu2 = 1 is not in the paper.
     """
     s = _powell(s, y, hy, mu1)
     ss, sy = s @ s, s @ y
     theta = safe_divide((1 - mu2) * ss, ss - sy)
     combined = theta * y + (1 - theta) * s
     raised = y + (mu2 - safe_divide(sy, ss)) * s
-    return s, jnp.where(sy <= mu2 * ss, jnp.where(mu2 < 1, combined, raised), y)
+    return s, jnp.where(sy <= mu2 * ss, jnp.where(mu2 <= 1, combined, raised), y)
 
 
 def _powell(s: jax.Array, y: jax.Array, hy: jax.Array, mu1: float | jax.Array) -> jax.Array:

@@ -129,9 +129,10 @@ def damp_many(rule, h, s, y, mu1, mu2):
 RULES = {"double_damping": kfqn.double_damping, "dp_dlm": kfqn.dp_dlm}
 
 
+@pytest.mark.parametrize("mu2", [0.5, 1 - 1e-9, 1.0, 1 + 1e-9, 2.5])
 @pytest.mark.parametrize("name", RULES)
-def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, rng):
-    h, mu1, mu2 = positive_definite(rng), 0.2, 0.5
+def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, mu2, rng):
+    h, mu1 = positive_definite(rng), 0.2
     s, y = rng.normal(size=(2, 300, D))
     y *= 10.0 ** rng.uniform(-3, 3, (300, 1))
     ours = damp_many(RULES[name], h, s, y, mu1, mu2)
@@ -141,7 +142,24 @@ def test_damping_is_the_oracle_for_pairs_of_any_curvature(name, rng):
         close(ours[1][i], expected[1], 1e-10)
 
 
-def test_double_damping_from_one_on_raises_the_curvature_no_further_than_asked(rng):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_double_damping_at_one_is_the_papers(dtype, rng):
+    """theta2 = 0: y~ = s~ to the last bit, as just below 1 up to what 1 - mu2 leaves of y."""
+    h, one = positive_definite(rng), jnp.ones([], dtype)
+    s, y = (jnp.asarray(x, dtype) for x in (rng.normal(size=D), 0.1 * rng.normal(size=D)))
+    hy = jnp.asarray(h, dtype) @ y
+    s_new, y_new = kfqn.double_damping(s, y, hy, 0.2, jnp.sqrt(one))
+    assert s_new @ y < s_new @ s_new
+    np.testing.assert_array_equal(y_new, s_new)
+    below = kfqn.double_damping(s, y, hy, 0.2, one * (1 - 1e-6))[1]
+    close(below, s_new, 1e-5)
+    above = kfqn.double_damping(s, y, hy, 0.2, one * (1 + 1e-6))[1]
+    along = (s_new @ above) / (s_new @ s_new)
+    close(along, 1.0, 1e-5)
+    close(above - along * s_new, y - (s_new @ y) / (s_new @ s_new) * s_new, 1e-5)
+
+
+def test_double_damping_above_one_raises_the_curvature_no_further_than_asked(rng):
     """A combination of s and y would not be convex there, and huge for a pair about as curved as I."""
     s, y = jnp.array([1.0, 0.0]), jnp.array([0.999, 0.5])
     s_new, y_new = kfqn.double_damping(s, y, hy=y, mu1=0.2, mu2=2.5)
@@ -373,6 +391,53 @@ def test_secant_averages_the_undamped_changes(rng):
     assert damped > 0
 
 
+def grouped(batch, h, g, groups=2):
+    """Statistics with those of equal parts."""
+    split = lambda rows: np.stack(np.split(rows, groups))
+    return statistics(batch, h, g)._replace(
+        part_rows=jnp.full(groups, len(h) / groups),
+        part_preactivations=jnp.asarray(split(h).mean(1)),
+        part_grads=jnp.asarray(groups * split(g).sum(1)),
+        grad_moment=jnp.asarray(len(g) ** 2 * oracles.second_moment(g)),
+    )
+
+
+def test_a_bad_pair_of_one_group_is_skipped_and_the_others_are_taken(rng):
+    side, damping = kfqn.group_secant(kfqn.dp_dlm, 0.9, 0.2, groups=2), 0.5
+    h0, h1, g0, g1 = rng.normal(size=(4, 4, D))
+    before, after = grouped(None, h0, g0), grouped(None, h1, g1)
+    bad = after._replace(part_grads=after.part_grads.at[1, 0].set(jnp.nan))
+    empty = after._replace(part_rows=jnp.array([2.0, 0.0]))
+    state = side.init(D, jnp.float64)
+    s, y = 0.1 * (h1 - h0)[:2].mean(0), 0.1 * 4 * (g1 - g0)[:2].mean(0)
+    expected = oracles.bfgs(np.eye(D), *oracles.dp_dlm(np.eye(D), s, y, 0.2, damping))
+    for end in (bad, empty):
+        new = side.update(state, before, end, damping)
+        close(new.factor, expected, 1e-10)
+        close(new.s, np.stack([s, np.zeros(D)]))
+        close(new.y, np.stack([y, np.zeros(D)]))
+        assert new.pairs.counts.tolist() == [1, 1, 1]
+
+
+def test_the_start_at_the_gradients_waits_for_a_good_batch(rng):
+    side = kfqn.group_secant(kfqn.dp_dlm, 0.9, 0.2, groups=2, start="gradients")
+    h, g = rng.normal(size=(2, 4, D))
+    good = grouped(None, h, g)
+    state = side.init(D, jnp.float64)
+    for moment, rows in ((jnp.full((D, D), jnp.nan), 4.0), (jnp.eye(D), 0.0), (-jnp.eye(D), 4.0)):
+        bad = good._replace(grad_moment=moment, rows=jnp.asarray(rows))
+        after = side.start(side.observe(state, bad, 0.5), 0.5)
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+        assert side.update(after, good, good, 0.5).pairs.counts.tolist() == [0, 0, 2]
+    state = side.observe(state, good, 0.5)
+    assert bool(side.starting(state))
+    state = side.start(state, 0.5)
+    close(state.factor, np.linalg.inv(16 * oracles.second_moment(g) + 0.5 * np.eye(D)), 1e-10)
+    assert not bool(side.starting(state))
+    same = side.start(side.observe(state, grouped(None, h, 2 * g), 0.5), 0.5)
+    np.testing.assert_array_equal(same.factor, state.factor)
+
+
 def test_minibatch_action(rng):
     side, damping = kfqn.minibatch_action(kfqn.bfgs), 0.4
     batch = rng.normal(size=(4, D))
@@ -520,19 +585,19 @@ DAMPING = lambda k: 0.3 * 0.9**k
 STEPS = 15
 
 
-def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS):
+def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS, damping=DAMPING, groups=1):
     """Train the model and the oracle side by side, and compare all of their state after each step."""
     params, layers, loss_fn, mlp = problem(rng, l2=1e-2)
     x, target = make_batches(rng, steps)
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers, has_aux=True)
-    tx = optimizer(LR, layers, damping=DAMPING, step_rule=kappa)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, has_aux=True, groups=groups)
+    tx = optimizer(LR, layers, damping=damping, step_rule=kappa)
     state, warm_a = tx.init(params), None
     if warm:
         batches = [(x[k], target[k]) for k in range(3)]
         state = kfqn.warm_start(state, value_and_grad, params, batches)
         passes = [mlp.passes(mlp.matrices, *batch)[1] for batch in batches]
         warm_a = [np.mean([oracles.second_moment(p[i]) for p in passes], 0) for i in range(2)]
-    twin = oracle(mlp, LR, DAMPING, kappa=kappa, warm_a=warm_a)
+    twin = oracle(mlp, LR, damping, kappa=kappa, warm_a=warm_a)
 
     @quick_jit
     def train_step(params, state, x, target):
@@ -551,8 +616,8 @@ def run(optimizer, oracle, rng, *, warm=False, kappa=None, steps=STEPS):
             inputs, outputs = state[0].inputs[name], state[0].outputs[name]
             close(stacked(params[name]), mlp.matrices[i], 1e-10)
             close(inputs.factor, twin.h_a[i], 1e-9)
-            close(outputs.s, twin.s[i], 1e-10)
-            close(outputs.y, twin.y[i], 1e-10)
+            close(outputs.s.reshape(twin.s[i].shape), twin.s[i], 1e-10)
+            close(outputs.y.reshape(twin.y[i].shape), twin.y[i], 1e-10)
             if twin.memory is None:
                 close(outputs.factor, twin.h_g[i], 1e-9)
             if twin.a is not None:
@@ -570,6 +635,15 @@ def test_kbfgs_is_algorithm_2(warm, rng):
         assert np.abs(side.factor - np.eye(side.s.shape[0])).max() > 0.01
 
 
+def test_kbfgs_is_algorithm_2_at_damping_one(rng):
+    """mu2 = 1: many pairs are damped to y = s, the others are as they come."""
+    _, _, state, twin = run(kfqn.kbfgs, oracles.KBFGS, rng, warm=True, steps=8, damping=lambda k: 1.0)
+    equal = [np.array_equal(s, y) for pairs in twin.pairs for s, y in pairs]
+    assert any(equal)
+    for side in state[0].outputs.values():
+        assert side.pairs.counts.tolist()[1] > 0
+
+
 def test_kbfgs_l_is_algorithm_2_with_the_last_pairs(rng):
     run(
         functools.partial(kfqn.kbfgs_l, memory=4),
@@ -578,6 +652,21 @@ def test_kbfgs_l_is_algorithm_2_with_the_last_pairs(rng):
         warm=True,
         steps=8,
     )
+
+
+@pytest.mark.parametrize("start", ["identity", "gradients"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_kbfgs_with_a_pair_of_each_group(groups, start, rng):
+    """Several pairs a step, one after the other, and H_g started at the inverse second moment of g."""
+    _, _, state, twin = run(
+        functools.partial(kfqn.kbfgs, groups=groups, start=start),
+        functools.partial(oracles.GroupKBFGS, groups=groups, start=start),
+        rng,
+        steps=8,
+        groups=groups,
+    )
+    for i, side in enumerate(state[0].outputs.values()):
+        assert side.pairs.counts.tolist()[0] == len(twin.pairs[i]) == 8 * groups
 
 
 def test_kfqn_is_algorithm_3(rng):
