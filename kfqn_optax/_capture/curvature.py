@@ -77,17 +77,18 @@ class Curvature:
 
         The second derivatives are those of the Gauss-Newton matrix where the loss marks its
         :func:`outputs`, and the loss's own where it does not; parts of the loss that do not go through a
-        mark (a penalty on the parameters) always have their own. A forward pass, and twice K products a layer.
+        mark (a penalty on the parameters) always have their own. With a mark it costs a forward pass and
+        2 K products a layer (4 K where layers are scanned over).
 
         Args:
-          directions: K trees u_i shaped like the parameters, in whose dtype they are taken; a leaf that is
-            an ``optax.MaskedNode`` counts as zero.
-          rows: of the loss on the last so many examples only, where ``batch_argnums`` tells them: take them
-            where the factors' statistics were not taken.
+          directions: K trees u_i shaped like the parameters, in whose dtype they are taken; an
+            ``optax.MaskedNode`` counts as zero.
+          rows: of the loss on the last so many examples only, where ``batch_argnums`` tells them: those
+            of which no factor's statistics were taken.
 
         Returns:
-          :class:`Forms`: ``value``, ``slopes`` (K,) and ``matrix`` (K, K), float32 or wider, all of the loss
-          on those rows.
+          :class:`Forms`: ``value``, ``slopes`` (K,) and ``matrix`` (K, K), float32 or wider, all of the
+          loss on those rows.
 
         Raises:
           ValueError: for no directions, or ones of another shape than the parameters.
@@ -119,9 +120,9 @@ class Curvature:
         and backward without weight gradients. ``second_moment`` is the mean over rows as ever;
         ``grad_moment`` is the sum over rows of the outer products of the sampled gradients at the layer's
         output, nothing divided or multiplied: its expectation is the sum over rows of the Gauss-Newton
-        matrix of L with respect to that row of the output. For a loss that is a mean over n examples, with
-        n g a row of gradient of one example's loss, that is the mean over examples of sum_t (n g) (n g)^T.
-        Means of gradients are of sampled ones, too. With ``forward``, ``grad_moment`` is the mean over
+        matrix of L with respect to that row of the output. For a loss that is a mean over examples it is
+        the mean over examples, summed over positions, of outer products of the gradients of one example's
+        sampled loss, as ``grad_moment`` is elsewhere. With ``forward``, ``grad_moment`` is the mean over
         8 samples of the outer product of the summed gradients, which has the same expectation.
 
         Elsewhere: those of the pass that was made, without another one, where ``grad_moment`` is the

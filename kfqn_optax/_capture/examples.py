@@ -16,8 +16,8 @@ def check_argnums(argnums: Argnums) -> tuple[int, ...]:
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     if not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise ValueError(
-            f"kfqn.value_and_grad: batch_argnums={argnums!r}. Give the positions of loss_fn's arguments whose"
-            " leading axis counts examples, as in jax.grad's argnums: 0 are the parameters, so from 1 on."
+            f"kfqn.value_and_grad: batch_argnums={argnums!r}. Give the positions of loss_fn's arguments"
+            " whose leading axis counts examples, as in jax.grad's argnums: 0 are the parameters, so from 1."
         )
     return numbers
 
@@ -38,9 +38,9 @@ def count_examples(argnums: tuple[int, ...], args: tuple[Any, ...]) -> int | Non
     if not shapes or not all(shapes) or len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
         listed = "; ".join(f"argument {number}: {of_one}" for number, of_one in lengths.items())
         raise ValueError(
-            "kfqn.value_and_grad: the arguments in batch_argnums must hold arrays whose leading axes all have"
-            f" one length, the number of examples, but their shapes are {listed}. Leave out of batch_argnums"
-            " what is not per example (a key, a scalar), and put the examples' axis first."
+            "kfqn.value_and_grad: the arguments in batch_argnums must hold arrays whose leading axes all"
+            f" have one length, the number of examples, but the shapes are {listed}. Leave out what is not"
+            " per example (a key, a scalar), and put the examples' axis first."
         )
     return shapes[0][0]
 
@@ -48,9 +48,7 @@ def count_examples(argnums: tuple[int, ...], args: tuple[Any, ...]) -> int | Non
 def check_rows(rows: int | None, call: str) -> None:
     """Raise unless ``rows`` is a number of examples or None."""
     if rows is not None and (not isinstance(rows, int) or rows < 1):
-        raise ValueError(
-            f"{call}: rows={rows!r} is no number of examples: give a Python int from 1, or None."
-        )
+        raise ValueError(f"{call}: rows={rows!r} is no number of examples. Give an int from 1, or None.")
 
 
 def take(
