@@ -12,6 +12,8 @@ from kfqn_optax._capture.layers import Layer as Layer
 from kfqn_optax._capture.layers import Layers as Layers
 from kfqn_optax._capture.layers import join_layers as join_layers
 from kfqn_optax._capture.nnx import merge as merge
+from kfqn_optax._capture.outputs import outputs as outputs
+from kfqn_optax._capture.quadratic import Forms as Forms
 from kfqn_optax._capture.tap import weights as weights
 from kfqn_optax._diagnostics import diagnostics as diagnostics
 from kfqn_optax._sides.bfgs import bfgs as bfgs

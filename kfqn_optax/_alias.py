@@ -261,7 +261,7 @@ def kfac(
     step_rule: StepRule | float | None = QUADRATIC,
     momentum: float = 0.0,
     decay: float = 0.95,
-    inverse_every: int = 5,
+    inverse_every: int = 2,
     statistics_rows: int | None = 250,
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
@@ -285,8 +285,8 @@ def kfac(
         lessen the noise of small batches at the end. With another ``step_rule``, a length along the
         direction.
       layers: what :func:`find_layers` returned.
-      damping: lambda > 0 at the start, in units of the loss over squared units of the parameters; the
-        rule changes it. A number or a schedule.
+      damping: lambda > 0 at the start. With :func:`quadratic` a number without units, which the rule
+        multiplies by what has them. A number or a schedule.
       step_rule: :func:`quadratic`, or as for :func:`kbfgs`.
       momentum: rate of an average of gradients. 0 with the quadratic rule, which has a momentum of its own.
       decay: rate of the averages of A and G.

@@ -25,6 +25,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "rate": (lambda x: 0 < x <= 1, "in (0, 1], 1 for a fixed damping"),
     "rows": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all"),
     "statistics_rows": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all"),
+    "trust": (lambda x: x > 0, "positive"),
     "step_rule": (
         lambda x: x > 0,
         "positive, None for the papers' step, or a rule like kfqn.measured()",

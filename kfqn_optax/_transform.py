@@ -191,7 +191,7 @@ def scale_by_kfqn(
         present = layers_within(layers, updates, "kfqn: update")
         curvature = _check_curvature(curvature, present)
         step_length = _at(probe_step, state.count)
-        damping = method.rule.damping(state.rule, _at(method.damping, state.count))
+        damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates)
         batch = _batch(method, present, curvature, sane)
         with jax.default_matmul_precision(precision):
@@ -435,7 +435,7 @@ def _second_pass(
     return jax.lax.cond(state.count % method.update_every == 0, look, pass_by, sides)
 
 
-PI_RANGE = (1e-6, 1e6)
+PI_RANGE = (1e-12, 1e12)
 
 
 def max_rows(layers: Layers, statistics: dict[str, Statistics]) -> jax.Array:

@@ -1,21 +1,27 @@
 """The gradient of a loss together with the curvature statistics of its layers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from kfqn_optax._capture.examples import check_argnums, check_rows, count_examples, take
 from kfqn_optax._capture.forms import with_parts
 from kfqn_optax._capture.layers import Layers, check_parameters, is_masked, put
 from kfqn_optax._capture.linen import tapping
-from kfqn_optax._capture.nnx import ModelCall, as_arrays, is_model, is_state
+from kfqn_optax._capture.nnx import ModelCall, as_arrays, copier, is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
-from kfqn_optax._capture.statistics import Statistics, normalise
+from kfqn_optax._capture.outputs import as_key, bits_of, finding, gauss_newton, sampling
+from kfqn_optax._capture.quadratic import Forms, forms_of
+from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
 from kfqn_optax._capture.tap import SLOT
 from kfqn_optax._constants import check_constants
+
+PROBES = 8
 
 
 class Curvature:
@@ -28,6 +34,7 @@ class Curvature:
       value: the loss.
       params: the parameters at which the statistics were taken.
       statistics: for each layer name its :class:`Statistics`.
+      examples: how many examples the batch has, by ``batch_argnums``; None without.
     """
 
     def __init__(
@@ -35,12 +42,13 @@ class Curvature:
         value: jax.Array,
         params: chex.ArrayTree,
         statistics: dict[str, Statistics],
-        statistics_at: Callable[..., tuple[jax.Array, dict[str, Statistics]]],
+        batch: "_Batch",
     ):
         self.value = value
         self.params = params
         self.statistics = statistics
-        self._statistics_at = statistics_at
+        self.examples = batch.examples
+        self._batch = batch
 
     def after(self, updates: chex.ArrayTree, vectors: Mapping[str, jax.Array] | None = None) -> "Curvature":
         """The curvature of the same batch, with the same keys, at ``params + updates``.
@@ -53,8 +61,99 @@ class Curvature:
           vectors: for layer names, a vector v (*copies, d_in [+ 1]) whose ``product`` A v is wanted.
         """
         moved = self._moved(updates)
-        value, statistics = self._statistics_at(moved, vectors or {})
-        return Curvature(value, moved, statistics, self._statistics_at)
+        value, statistics = self._batch.statistics(moved, vectors or {})
+        return Curvature(value, moved, statistics, self._batch)
+
+    @property
+    def squared_norm(self) -> jax.Array:
+        """The sum of squares of all parameters, in float32 or wider."""
+        squares = [jnp.square(p.astype(_wide(p))).sum() for p in jax.tree.leaves(as_arrays(self.params))]
+        return sum(squares, start=jnp.zeros([]))
+
+    def value_at(self, updates: chex.ArrayTree, rows: int | None = None) -> jax.Array:
+        """The loss at ``params + updates``, of the same batch with the same keys: one forward pass.
+
+        Args:
+          updates: as for :meth:`after`.
+          rows: of the last so many examples only, where ``batch_argnums`` tells them.
+        """
+        check_rows(rows, "curvature.value_at")
+        return self._batch.loss(rows)(self._moved(updates))
+
+    def forms(self, directions: Sequence[chex.ArrayTree], rows: int | None = None) -> Forms:
+        """The loss along K directions to second order: phi(c) = L(params + sum_i c_i u_i) around c = 0.
+
+        The second derivatives are those of the Gauss-Newton matrix where the loss marks its
+        :func:`outputs`, and the loss's own where it does not; parts of the loss that do not go through a
+        mark (a penalty on the parameters) always have their own. With a mark it costs a forward pass and
+        2 K products a layer (4 K where layers are scanned over).
+
+        Args:
+          directions: K trees u_i shaped like the parameters, in whose dtype they are taken; an
+            ``optax.MaskedNode`` counts as zero.
+          rows: of the loss on the last so many examples only, where ``batch_argnums`` tells them: those
+            of which no factor's statistics were taken.
+
+        Returns:
+          :class:`Forms`: ``value``, ``slopes`` (K,) and ``matrix`` (K, K), float32 or wider, all of the
+          loss on those rows.
+
+        Raises:
+          ValueError: for no directions, or ones of another shape than the parameters.
+          TypeError: where the loss has a ``jax.custom_vjp``, which has no forward mode.
+
+        Source: Martens, Grosse 2015, section 7; ALGORITHM.md, section 8.
+        """
+        check_rows(rows, "curvature.forms")
+        if not isinstance(directions, (list, tuple)) or not directions:
+            raise ValueError(
+                f"curvature.forms: directions is {type(directions).__name__} {directions!r:.60}. Give a"
+                " list of trees shaped like the parameters, one tree at least."
+            )
+        marked = bool(self._batch.distributions)
+        try:
+            with gauss_newton():
+                return forms_of(self._batch.loss(rows), self.params, directions, marked)
+        except (TypeError, NotImplementedError) as error:
+            if _is_forward_mode(error):
+                error.add_note(_FORMS_NOTE)
+            raise
+
+    def factor_statistics(
+        self, rows: int | None = None, key: int | jax.Array | None = None
+    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+        """The statistics of which a Fisher side makes its factors, for each layer name.
+
+        Where a mark :func:`outputs` names a distribution: those of one pass with sampled labels, forward
+        and backward without weight gradients. ``second_moment`` is the mean over rows as ever;
+        ``grad_moment`` is the sum over rows of the outer products of the sampled gradients at the layer's
+        output, nothing divided or multiplied: its expectation is the sum over rows of the Gauss-Newton
+        matrix of L with respect to that row of the output. For a loss that is a mean over examples it is
+        the mean over examples, summed over positions, of outer products of the gradients of one example's
+        sampled loss, as ``grad_moment`` is elsewhere. With ``forward``, ``grad_moment`` is the mean over
+        8 samples of the outer product of the summed gradients, which has the same expectation.
+
+        Elsewhere: those of the pass that was made, without another one, where ``grad_moment`` is the
+        centred one, G - S S^T / T with G and S the ``grad_moment`` and ``preactivation_grads`` and T
+        the layer's positions.
+
+        Args:
+          rows: sample on the first so many examples only, where ``batch_argnums`` tells them.
+          key: a seed or a key for the samples; None derives it from the loss, so that it differs from step
+            to step. Draws differ in examples that are mapped or scanned over as far as the marked
+            arrays differ there.
+
+        Returns:
+          The statistics, and the gradient of the sampled loss, shaped like the parameters, whose square has
+          the diagonal of the Gauss-Newton matrix for its expectation; None where nothing is sampled, and
+          with ``forward``.
+        """
+        check_rows(rows, "curvature.factor_statistics")
+        if any(self._batch.distributions):
+            key = bits_of(self.value) if key is None else key
+            return self._batch.sampled(self.params, rows, as_key(key))
+        positions = {layer.name: layer.positions for layer in self._batch.layers}
+        return {name: _centred(value, positions[name]) for name, value in self.statistics.items()}, None
 
     def slope(self, updates: chex.ArrayTree, grads: chex.ArrayTree) -> jax.Array:
         """<grads, -updates>, what the loss falls by along the updates to first order.
@@ -79,8 +178,19 @@ class Curvature:
             as_arrays(self.params),
             is_leaf=is_masked,
         )
-        moved = jax.tree.unflatten(jax.tree.structure(self.params), jax.tree.leaves(moved))
-        return moved
+        return jax.tree.unflatten(jax.tree.structure(self.params), jax.tree.leaves(moved))
+
+
+def _wide(leaf: jax.Array) -> Any:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _centred(statistics: Statistics, positions: int) -> Statistics:
+    if statistics.grad_moment is None:
+        return statistics
+    total = statistics.preactivation_grads
+    outer = total[..., :, None] * total[..., None, :]
+    return statistics._replace(grad_moment=statistics.grad_moment - outer / positions)
 
 
 def value_and_grad(
@@ -89,7 +199,7 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     forward: Callable[..., Any] | None = None,
-    sampled_loss: Callable[..., Any] | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
     groups: int = 1,
 ) -> "ValueAndGrad":
     """Like ``jax.value_and_grad``, and the curvature statistics of the same pass.
@@ -106,10 +216,10 @@ def value_and_grad(
         forward mode (``jax.jvp``, ``jax.hessian``, ``jax.jacfwd``): the model applied to its inputs, any
         output. The inputs' statistics are then taken there, in one more forward pass. Also for a loss in
         which a layer's output has no part itself, only its derivatives.
-      sampled_loss: ``sampled_loss(params, *args, **kwargs)``, only for :func:`kfac` with the true Fisher
-        matrix: the loss with labels drawn from the model's own predictions, a scalar without aux, in
-        which the model is not differentiated in forward mode. Without it ``kfac`` uses the gradients of
-        ``loss_fn``, the empirical Fisher matrix; with ``forward`` it cannot do without.
+      batch_argnums: positions of the arguments in whose leaves the leading axis counts the examples of
+        the batch, as in the ``argnums`` of ``jax.grad``: 0 are the parameters, so from 1 on. The loss must
+        then be a mean over those examples, of any number of them: factor statistics are taken on the
+        first and forms on the last of them, so that they cost less. Without it they are of all examples.
       groups: into how many equal parts of the examples the batch is split for optimizers that take a
         curvature pair of each (``kbfgs(..., groups=...)``). The examples are those of the first axis of
         a layer's rows, which it must divide. Not with ``forward``.
@@ -125,7 +235,8 @@ def value_and_grad(
     Raises:
       TypeError: if ``layers`` is something else.
       ValueError: when called with parameters that are not those ``layers`` were found on, or with a
-        batch that ``groups`` does not divide.
+        batch that ``groups`` does not divide; for ``batch_argnums`` that are no positions after the
+        parameters, or, when called, arguments there whose leading axes are not all of one length.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
@@ -166,7 +277,7 @@ def value_and_grad(
             " be split. Leave groups at 1."
         )
     layers = with_parts(layers, int(groups))
-    return ValueAndGrad(loss_fn, layers, has_aux, forward, sampled_loss)
+    return ValueAndGrad(loss_fn, layers, has_aux, forward, check_argnums(batch_argnums))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a static argument of a jitted function
@@ -177,25 +288,16 @@ class ValueAndGrad:
     layers: Layers
     has_aux: bool = False
     forward: Callable[..., Any] | None = None
-    sampled_loss: Callable[..., Any] | None = None
+    batch_argnums: tuple[int, ...] = ()
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any):
         call = self._call(params, args, kwargs)
-
-        def statistics_at(params, vectors):
-            return self._statistics(call, params, vectors)
-
         loss = self._tapped(self.loss_fn)
         value, grads, sums = call.value_and_grad(loss, _slots(self.layers, {}), self.has_aux)
         sums = self._with_inputs(sums, call, call.params, {})
         statistics = normalise(self.layers, call.params, sums, {})
-        if self.sampled_loss is not None:
-            drawn_loss = self._tapped(self.sampled_loss, bias_only=False)
-            _, drawn = call.slot_grads(drawn_loss, call.params, _slots(self.layers, {}), False)
-            for name, sample in normalise(self.layers, call.params, drawn, {}).items():
-                statistics[name] = statistics[name]._replace(grad_moment=sample.grad_moment)
         loss_value = value[0] if self.has_aux else value
-        return value, grads, Curvature(loss_value, call.params, statistics, statistics_at)
+        return value, grads, Curvature(loss_value, call.params, statistics, _Batch(self, call))
 
     def statistics(
         self,
@@ -206,21 +308,14 @@ class ValueAndGrad:
     ) -> dict[str, Statistics]:
         """For each layer name its statistics. Under ``jax.jit``, what is not used is not computed."""
         call = self._call(params, args, kwargs)
-        return self._statistics(call, call.params, vectors)[1]
+        return _Batch(self, call).statistics(call.params, vectors)[1]
 
     def _call(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Call":
         make = ModelCall if is_model(params) else _TreeCall
         call = make(self.layers, params, args, kwargs)
         check_parameters(self.layers, call.params, "kfqn.value_and_grad")
+        count_examples(self.batch_argnums, args)
         return call
-
-    def _statistics(
-        self, call: "_Call", params: chex.ArrayTree, vectors: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, Statistics]]:
-        loss = self._tapped(self.loss_fn)
-        value, sums = call.slot_grads(loss, params, _slots(self.layers, vectors), self.has_aux)
-        sums = self._with_inputs(sums, call, params, vectors)
-        return value, normalise(self.layers, params, sums, vectors)
 
     def _with_inputs(self, sums, call, params, vectors):
         """The sums, those of inputs replaced by what the plain forward pass gives, if there is one."""
@@ -246,10 +341,9 @@ class ValueAndGrad:
                 with tapping(bias_only), nnx_tapping(bias_only):
                     return loss_fn(*args, **kwargs)
             except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-                forward_mode = "forward-mode" in str(error) and "custom_vjp" in str(error)
                 if SLOT in str(error):
                     error.add_note(_SLOT_NOTE)
-                elif forward_mode or "custom_lin" in str(error):
+                elif _is_forward_mode(error):
                     error.add_note(_FORWARD_NOTE)
                 elif "leaves" in str(error) and any(map(is_state, jax.tree.leaves(args, is_leaf=is_state))):
                     error.add_note(_MERGE_NOTE)
@@ -258,11 +352,108 @@ class ValueAndGrad:
         return loss
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Batch:
+    """The batch of one call, at any parameters: what a :class:`Curvature` and those after it ask."""
+
+    owner: ValueAndGrad
+    call: "_Call"
+
+    @property
+    def layers(self) -> Layers:
+        return self.owner.layers
+
+    @property
+    def examples(self) -> int | None:
+        return count_examples(self.owner.batch_argnums, self.call.args)
+
+    @functools.cached_property
+    def distributions(self) -> list[str | None]:
+        """What the marks of the loss name. The loss is traced for it, and not run."""
+        loss = lambda: self.call.value(self.owner.loss_fn, self.call.params, self.owner.has_aux)
+        with finding() as met:
+            jax.eval_shape(loss)
+        return met
+
+    def loss(self, rows: int | None) -> Callable[[chex.ArrayTree], jax.Array]:
+        """The loss of the last examples as a function of the parameters."""
+        call = self._part(rows, last=True)
+        return lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
+
+    def statistics(
+        self, params: chex.ArrayTree, vectors: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, Statistics]]:
+        """The loss and the statistics of the whole batch."""
+        owner = self.owner
+        slots = _slots(self.layers, vectors)
+        value, sums = self.call.slot_grads(owner._tapped(owner.loss_fn), params, slots, owner.has_aux)
+        sums = owner._with_inputs(sums, self.call, params, vectors)
+        return value, normalise(self.layers, params, sums, vectors)
+
+    def sampled(
+        self, params: chex.ArrayTree, rows: int | None, key: jax.Array
+    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+        """The statistics of sampled gradients on the first examples, and these gradients."""
+        call = self._part(rows, last=False)
+
+        def sums_of(key):
+            tapped = self.owner._tapped(self._psi(key))
+            return call.all_grads(tapped, params, _slots(self.layers, {}))
+
+        if self.owner.forward is None:
+            grads, sums = sums_of(key)
+            return normalise(self.layers, params, sums, {}, sampled=True), grads
+        _, drawn = jax.vmap(sums_of)(jax.random.split(key, PROBES))
+        sums = self.owner._with_inputs(jax.tree.map(lambda leaf: leaf.mean(0), drawn), call, params, {})
+        statistics = normalise(self.layers, params, sums, {})
+        for layer in self.layers:
+            if "grad_moment" in layer.slot_shapes:
+                totals = jax.vmap(lambda grads, layer=layer: of_copies(layer, grads, layer.out_dim))(
+                    drawn[layer.name]["grads"]
+                )
+                moment = jnp.einsum("p...i,p...j->...ij", totals, totals, precision="highest") / PROBES
+                statistics[layer.name] = statistics[layer.name]._replace(grad_moment=moment)
+        return statistics, None
+
+    def _psi(self, key: jax.Array) -> Callable[..., jax.Array]:
+        """The derivative of the loss along random shifts of its marked arrays."""
+
+        def psi(*args: Any, **kwargs: Any) -> jax.Array:
+            copied = copier((args, kwargs))
+
+            def shifted(t):
+                args, kwargs = copied()
+                with sampling(t, key):
+                    value = self.owner.loss_fn(*args, **kwargs)
+                return value[0] if self.owner.has_aux else value
+
+            return jax.grad(shifted)(jnp.zeros([]))
+
+        return psi
+
+    def _part(self, rows: int | None, last: bool) -> "_Call":
+        args = take(self.owner.batch_argnums, self.call.args, self.examples, rows, last)
+        return self.call if args is self.call.args else self.call.with_args(args)
+
+
+def _is_forward_mode(error: Exception) -> bool:
+    """Whether the error is that of forward mode through a rule of reverse mode."""
+    text = str(error)
+    return ("forward-mode" in text and "custom_vjp" in text) or "custom_lin" in text
+
+
 class _Call(Protocol):
     """One call of losses, which can be repeated at other parameters; slots and sums by layer name."""
 
     @property
     def params(self) -> Any: ...
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+    def with_args(self, args: tuple[Any, ...]) -> "_Call": ...
+
+    def value(self, loss_fn: Callable[..., Any], params: Any, has_aux: bool) -> jax.Array: ...
 
     def value_and_grad(
         self, loss_fn: Callable[..., Any], slots: Mapping[str, Any], has_aux: bool
@@ -271,6 +462,10 @@ class _Call(Protocol):
     def slot_grads(
         self, loss_fn: Callable[..., Any], params: Any, slots: Mapping[str, Any], has_aux: bool
     ) -> tuple[jax.Array, Any]: ...
+
+    def all_grads(
+        self, loss_fn: Callable[..., Any], params: Any, slots: Mapping[str, Any]
+    ) -> tuple[Any, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +477,13 @@ class _TreeCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    def with_args(self, args):
+        return dataclasses.replace(self, args=args)
+
+    def value(self, loss_fn, params, has_aux):
+        value = loss_fn(params, *self.args, **self.kwargs)
+        return value[0] if has_aux else value
+
     def value_and_grad(self, loss_fn, slots, has_aux):
         function = jax.value_and_grad(self._with_slots(loss_fn), argnums=(0, 1), has_aux=has_aux)
         value, (grads, sums) = function(self.params, slots)
@@ -291,6 +493,9 @@ class _TreeCall:
         function = jax.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux)
         value, sums = function(params, slots)
         return (value[0] if has_aux else value), sums
+
+    def all_grads(self, loss_fn, params, slots):
+        return jax.grad(self._with_slots(loss_fn), argnums=(0, 1))(params, slots)
 
     def _with_slots(self, loss_fn):
         def loss(params, slots):
@@ -309,6 +514,10 @@ _FORWARD_NOTE = (
     "kfqn.value_and_grad: loss_fn differentiates the model in forward mode (jax.jvp, jax.hessian,"
     " jax.jacfwd). Tell it how to apply the model plainly, on the inputs whose statistics matter:"
     " kfqn.value_and_grad(loss_fn, layers, forward=lambda params, *args: model.apply(...))."
+)
+_FORMS_NOTE = (
+    "curvature.forms differentiates loss_fn in forward mode, which a jax.custom_vjp in it does not allow."
+    " Write that function with jax.custom_jvp, or without a rule of its own."
 )
 _SLOT_NOTE = (
     f"kfqn.value_and_grad hands loss_fn the parameters with an entry {SLOT!r} of zeros beside each"

@@ -20,6 +20,8 @@ from kfqn_optax._capture.tap import (
     slot_shapes,
 )
 
+MAX_PATCH = 2048
+
 
 class Unsupported(Exception):  # noqa: N818 (caught and turned into a reason in the table)
     """The layer computes something that is not one matrix a group; the text says what."""
@@ -52,6 +54,11 @@ class Form(NamedTuple):
     @property
     def dense(self) -> bool:
         return self.input_order is not None
+
+    @property
+    def patches(self) -> bool:
+        """Whether rows of inputs are the patches of a convolution."""
+        return not self.dense and self.kernel_name != "embedding"
 
 
 def linear_form(kind: str, kernel: tuple[int, ...], ndim: int) -> Form:
@@ -210,7 +217,7 @@ def layer_of(
         form.in_dim,
         form.out_dim,
         rank=rank,
-        second_moment=form.dense and form.in_dim < max_dim,
+        second_moment=form.in_dim < max_dim and (form.dense or (form.patches and form.in_dim <= MAX_PATCH)),
         grad_moment=form.out_dim <= max_dim,
     )
     return Layer(

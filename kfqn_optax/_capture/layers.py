@@ -21,6 +21,7 @@ import rich.console
 import rich.table
 
 Path = tuple[str, ...]
+CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,13 @@ class Layer:
 
     @property
     def has_second_moment(self) -> bool:
-        """Whether the statistics of this layer hold A."""
-        return "second_moment" in self.slot_shapes
+        """Whether the statistics of this layer hold A, of all rows."""
+        return "second_moment" in self.slot_shapes and self.kind not in CONVOLUTIONS
+
+    @property
+    def has_patches_moment(self) -> bool:
+        """Whether they hold A of a convolution, of the patches of a few examples."""
+        return "second_moment" in self.slot_shapes and self.kind in CONVOLUTIONS
 
     @property
     def parameter_shapes(self) -> dict[Path, tuple[int, ...]]:

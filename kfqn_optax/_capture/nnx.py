@@ -7,6 +7,7 @@ built-in ``__call__``. Slot and class go back before the loss returns: nothing s
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -204,14 +205,14 @@ def _search(
         values = iter(arrays)
         merged = [next(values) if t else leaf for t, leaf in zip(traced, leaves, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, merged)
-        copy = nnx.merge(graphdef, state, copy=True)
-        _attach(copy, {layer.path: _zeros(layer) for layer in layers})
+        fresh = nnx.merge(graphdef, state, copy=True)
+        _attach(fresh, {layer.path: _zeros(layer) for layer in layers})
         if method is None:
-            copy(*args, **kwargs)
+            fresh(*args, **kwargs)
         elif isinstance(method, str):
-            getattr(copy, method)(*args, **kwargs)
+            getattr(fresh, method)(*args, **kwargs)
         else:
-            method(copy, *args, **kwargs)
+            method(fresh, *args, **kwargs)
 
     calls: dict[str, Form | Unsupported] = {}
     _local.calls = calls
@@ -335,7 +336,7 @@ class ModelCall:
     def __init__(self, layers: Layers, model: nnx.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
         self.params = as_arrays(nnx.state(model, nnx.Param))
         self._paths = {layer.name: layer.path for layer in layers}
-        self._model, self._args, self._kwargs = model, args, kwargs
+        self._model, self.args, self._kwargs = model, args, kwargs
         # Random streams and metrics among the arguments are brought back to the start, too.
         self._leaves, self._structure = jax.tree.flatten((args, dict(kwargs)), is_leaf=_is_node)
         graphdef, state = nnx.split((model, *filter(_is_node, self._leaves)))
@@ -348,22 +349,50 @@ class ModelCall:
         argnums = (nnx.DiffState(0, nnx.Param), 1)
         loss = self._with_slots(loss_fn)
         function = nnx.value_and_grad(loss, argnums=argnums, has_aux=has_aux, **_GRAPH)
-        value, (grads, sums) = function(self._model, dict(slots), self._args, dict(self._kwargs))
+        value, (grads, sums) = function(self._model, dict(slots), self.args, dict(self._kwargs))
         return value, grads, sums
 
     def slot_grads(
         self, loss_fn: Callable[..., Any], params: chex.ArrayTree, slots: Mapping[str, Slot], has_aux: bool
     ) -> tuple[jax.Array, Any]:
         """The loss and the slot gradients at ``params``; the model stays as it is."""
+        model, args, kwargs = self._at(params)
+        function = nnx.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux, **_GRAPH)
+        value, sums = function(model, dict(slots), args, kwargs)
+        return (value[0] if has_aux else value), sums
+
+    def all_grads(
+        self, loss_fn: Callable[..., Any], params: chex.ArrayTree, slots: Mapping[str, Slot]
+    ) -> tuple[Any, Any]:
+        """The gradients at ``params``, of the parameters and the slots; the model stays as it is."""
+        model, args, kwargs = self._at(params)
+        argnums = (nnx.DiffState(0, nnx.Param), 1)
+        grads, sums = nnx.grad(self._with_slots(loss_fn), argnums=argnums, **_GRAPH)(
+            model, dict(slots), args, kwargs
+        )
+        return as_arrays(grads), sums
+
+    def value(self, loss_fn: Callable[..., Any], params: chex.ArrayTree, has_aux: bool) -> jax.Array:
+        """The loss at ``params``; the model stays as it is."""
+        model, args, kwargs = self._at(params)
+        value = loss_fn(model, *args, **kwargs)
+        return value[0] if has_aux else value
+
+    def with_args(self, args: tuple[Any, ...]) -> "ModelCall":
+        """The same call with other arrays among its positional arguments."""
+        call = copy.copy(self)
+        call.args = args
+        call._leaves = jax.tree.leaves((args, dict(self._kwargs)), is_leaf=_is_node)
+        return call
+
+    def _at(self, params: chex.ArrayTree) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Copies of the model, at ``params``, and of the arguments, as they were at the start."""
         graphdef, state = self._start
         model, *nodes = nnx.merge(graphdef, state, copy=True)
         nnx.update(model, params)
         copies = iter(nodes)
         leaves = [next(copies) if _is_node(leaf) else leaf for leaf in self._leaves]
-        args, kwargs = jax.tree.unflatten(self._structure, leaves)
-        function = nnx.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux, **_GRAPH)
-        value, sums = function(model, dict(slots), args, kwargs)
-        return (value[0] if has_aux else value), sums
+        return model, *jax.tree.unflatten(self._structure, leaves)
 
     def _with_slots(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
         def loss(model, slots, args, kwargs):
@@ -377,6 +406,24 @@ class ModelCall:
 
 def _is_node(leaf: object) -> bool:
     return isinstance(leaf, (nnx.Pytree, nnx.Variable))
+
+
+def copier(tree: Any) -> Callable[[], Any]:
+    """A function that returns ``tree`` with copies of its NNX nodes, made where it is called.
+
+    What they hold may then be changed inside a transformation that does not know of them.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_node)
+    nodes = [leaf for leaf in leaves if _is_node(leaf)]
+    if not nodes:
+        return lambda: tree
+    graphdef, state = nnx.split(nodes)
+
+    def copied():
+        copies = iter(nnx.merge(graphdef, state, copy=True))
+        return jax.tree.unflatten(structure, [next(copies) if _is_node(leaf) else leaf for leaf in leaves])
+
+    return copied
 
 
 def merge(graphdef: Any, *states: Any) -> Any:

@@ -32,8 +32,8 @@ class Statistics(NamedTuple):
       preactivation_grads: sum over rows of dL/dh. (d_out,).
       squares: diagonal of the second moment. (d_in [+ 1],).
       product: A v, with A the second moment and v a vector asked for. (d_in [+ 1],).
-      second_moment: A, mean outer product of the homogeneous inputs; None for a layer that has too long
-        a side or is a convolution. (d_in [+ 1], d_in [+ 1]).
+      second_moment: A, mean outer product of the homogeneous inputs; of a convolution on about 4096
+        positions of the batch. None for too long a side. (d_in [+ 1], d_in [+ 1]).
       grad_moment: rows / T times the sum over rows of the outer product of dL/dh; T, the positions of a
         convolution, is 1 elsewhere. Where L is a mean over examples, it is the mean over examples of the
         outer products of per-example gradients, summed over positions. None for too long a side, and
@@ -63,23 +63,32 @@ def normalise(
     params: chex.ArrayTree,
     sums: Mapping[str, Mapping[str, jax.Array]],
     vectors: Mapping[str, jax.Array],
+    sampled: bool = False,
 ) -> dict[str, Statistics]:
     """The statistics of every layer from its slot's gradient at ``params``.
 
-    ``vectors`` holds, for the layers that have one, the v of ``product``, (*copies, d_in [+ 1]).
+    ``vectors`` holds, for the layers that have one, the v of ``product``, (*copies, d_in [+ 1]). Where
+    gradients are sampled ones, ``grad_moment`` is the sum of their outer products as it is.
     """
     matrices = get_matrices(layers, params)
     return {
-        layer.name: _normalise(layer, matrices[layer.name], sums[layer.name], vectors.get(layer.name))
+        layer.name: _normalise(
+            layer, matrices[layer.name], sums[layer.name], vectors.get(layer.name), sampled
+        )
         for layer in layers
     }
 
 
+def of_copies(layer: Layer, array: jax.Array, *shape: int) -> jax.Array:
+    """A leaf of a slot's gradient as (*copies, *shape)."""
+    return to_front(array, layer.slot_axes).reshape(layer.copies + shape)
+
+
 def _normalise(
-    layer: Layer, matrix: jax.Array, sums: Mapping[str, jax.Array], vector: jax.Array | None
+    layer: Layer, matrix: jax.Array, sums: Mapping[str, jax.Array], vector: jax.Array | None, sampled: bool
 ) -> Statistics:
     def canonical(key: str, *shape: int) -> jax.Array:
-        return to_front(sums[key], layer.slot_axes).reshape(layer.copies + shape)
+        return of_copies(layer, sums[key], *shape)
 
     rows = to_front(sums["rows"], layer.slot_axes).reshape(layer.stack)
     rows = jnp.broadcast_to(
@@ -111,8 +120,9 @@ def _normalise(
     out = layer.out_dim
     grad_moment = None
     if "grad_moment" in sums:
-        scale = rows[..., None, None] / layer.positions
-        grad_moment = scale * canonical("grad_moment", out, out)
+        grad_moment = canonical("grad_moment", out, out)
+        if not sampled:
+            grad_moment = rows[..., None, None] / layer.positions * grad_moment
     parts = _parts(layer, matrix, sums, rows) if "part_rows" in sums else (None, None, None)
     return Statistics(
         rows, inputs, preactivations, canonical("grads", out), squares, product, moment, grad_moment, *parts

@@ -10,7 +10,8 @@ key                shape of the slot       what ``jax.grad`` returns for it
 ``inputs``         (groups, d_in, 1)       sum over rows of the layer's inputs a
 ``squares``        (groups, d_in, 1)       sum over rows of a^2, element by element
 ``grads``          (groups, d_out, 1)      sum over rows of dL/dh, h the layer's output
-``second_moment``  (groups, d_in, d_in)    sum over rows of a a^T; only where a layer has this key
+``second_moment``  (groups, d_in, d_in)    sum over rows of a a^T; only where a layer has this key, and
+                                           for a convolution estimated from the first few examples
 ``product``        (groups, d_in, 1)       sum over rows of a (a^T v), v the *value* of ``vector``
 ``bias_product``   (groups, 1, 1)          sum over rows of a^T v
 ``vector``         (groups, d_in, 1)       nothing; it brings v to the layer
@@ -35,6 +36,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kfqn_optax._numerics import safe_divide
 
 SLOT = "kfqn_slot"
 Slot = Mapping[str, jax.Array]
@@ -89,7 +92,8 @@ def convolution_sums(
     """Sums over positions of the patches that a convolution sees, which are never materialised.
 
     For a layer linear in its kernel, the layer with one output channel and kernel v gives every
-    patch's a^T v, and its transpose in the kernel gives sums of patches.
+    patch's a^T v, and its transpose in the kernel gives sums of patches. Only for ``second_moment`` are
+    patches formed, of some examples.
 
     Args:
       layer: ``layer(inputs, kernel) -> (*rows, groups)``, the layer with one output a group.
@@ -118,7 +122,43 @@ def convolution_sums(
         "product": row(transpose(projected)[0]),
         "bias_product": projected.sum(tuple(range(projected.ndim - 1))),
     }
+    if "second_moment" in slot:
+        sums["second_moment"] = _patches_moment(layer, a, kernel, outputs.shape[:-1], w)
     return _shaped(sums, slot)
+
+
+PATCHES = 4096
+
+
+def _patches_moment(
+    layer: Callable[[jax.Array, jax.Array], jax.Array],
+    inputs: jax.Array,
+    kernel: jax.Array,
+    rows: tuple[int, ...],
+    w: jax.Array | None,
+) -> jax.Array:
+    """Sum over rows of a a^T, (groups, d_in, d_in), a the patches of a convolution.
+
+    The patches of the first examples, as many as have ``PATCHES`` rows, stand for all. They are the
+    outputs of the layer for the kernels that pick one element of a patch.
+    """
+    groups = kernel.shape[-1]
+    in_dim = kernel.size // groups
+    seen = total = math.prod(rows)
+    if len(rows) > kernel.ndim - 2:  # the inputs have examples, and not positions alone
+        examples = max(1, PATCHES // max(1, math.prod(rows[1:])))
+        inputs = inputs[:examples]
+        seen = total // rows[0] * min(examples, rows[0]) if total else 0
+        all_w, w = w, None if w is None else w[:examples]
+    else:
+        all_w = w
+    picks = jnp.eye(in_dim, dtype=inputs.dtype).reshape(in_dim, *kernel.shape[:-1], 1)
+    picks = jnp.broadcast_to(picks, (in_dim, *kernel.shape))
+    patches = jax.vmap(functools.partial(layer, inputs))(picks)
+    weighted, scale = patches, jnp.asarray(total / max(seen, 1), inputs.dtype)
+    if w is not None and all_w is not None:
+        weighted, scale = patches * w[None, ..., None], safe_divide(all_w.sum(), w.sum())
+    return scale * jnp.einsum("i...g,j...g->gij", weighted, patches, precision="highest")
 
 
 def embedding_sums(ids: jax.Array, slot: Slot) -> dict[str, jax.Array]:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import safe_divide
+from kfqn_optax._numerics import ema, safe_divide
 from kfqn_optax._steps.rule import StepRule, inner
 
 GOOD, POOR = 0.75, 0.25
+FORGET = 0.9
 
 
 class QuadraticState(NamedTuple):
@@ -19,28 +20,31 @@ class QuadraticState(NamedTuple):
     Attributes:
       last: the last update, shaped like the parameters.
       count: steps so far.
-      scale: the damping, as a multiple of the one that the user gave.
+      scale: the damping as a multiple of the one that the user gave.
+      level: moving average of the magnitude of the loss, before this step.
       alpha: coefficient of the preconditioned gradient in the last step.
       mu: coefficient of the update before, in the last step.
-      predicted: the change of the loss that the model predicts for the last step, negative.
-      ratio: actual over predicted change, as of the last time it was measured.
+      share: the part of the model's step that was made.
+      ratio: actual over predicted change of the loss in the last step, -1 if the loss rose.
     """
 
     last: chex.ArrayTree
     count: jax.Array
     scale: jax.Array
+    level: jax.Array
     alpha: jax.Array
     mu: jax.Array
-    predicted: jax.Array
+    share: jax.Array
     ratio: jax.Array
 
 
 def quadratic(
     *,
     every: int = 5,
-    rate: float = 0.85,
-    floor: float = 0.002,
+    rate: float = 0.7,
+    floor: float = 0.02,
     ceiling: float = 1e6,
+    trust: float = 0.5,
     rows: int | None = 125,
 ) -> StepRule:
     """The step alpha d + mu delta that is best by a quadratic model, d = -H_a g H_g, delta the last update.
@@ -49,78 +53,93 @@ def quadratic(
     matrix of the batch's loss (the loss's own second derivatives where it has no :func:`outputs`), the
     coefficients are -Q^-1 r. One direction alone is taken where the two are nearly parallel, and in the
     first step. There is no learning rate to choose: that of the transformation, usually 1, multiplies the
-    step.
+    step. No step is longer than ``trust`` times the parameters.
 
-    The damping lambda follows the model's success (Levenberg and Marquardt): every ``every`` steps, and at
-    once if the loss rose, rho = actual / predicted change of the loss; rho > 3/4 multiplies lambda by
-    rate^every, rho < 1/4 divides it by it. A step after which the loss rose is shortened to the
-    minimum of the parabola through what is known, half of it at most; one after which the loss is not
-    finite is not made.
+    The damping is lambda = damping scale level / |params|^2, with ``damping`` what the transformation was
+    given, ``level`` the running loss: it has the units of C, so that neither the loss's scale nor the
+    parameters' matters. ``scale`` starts at 1 and follows the model's success (Levenberg and Marquardt): the
+    loss is looked at where the step ends, and every ``every`` steps a ratio of actual to predicted change
+    above 3/4 multiplies it by rate^every, one below 1/4 divides it by that. A step along which the loss
+    rose is shortened to the minimum of the parabola through what is known, half of it at most;
+    one after which the loss is not finite is not made.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
-    follow: with those give ``rate=1.0``, which keeps the damping where it is.
+    follow: with those give ``rate=1.0``, which keeps ``scale`` at 1.
 
     Args:
-      every: steps from one check of the damping to the next.
-      rate: in (0, 1]; 1 for a fixed damping.
-      floor, ceiling: bounds of the damping as multiples of the one given.
-      rows: examples of the batch of which C is taken, the last ones, if ``value_and_grad`` knows by
-        ``batch_argnums`` what an example is; None for all. The factors' statistics should be of
-        others: on the same rows the model is blind where d is largest.
+      every: steps from one change of the damping to the next.
+      rate: in (0, 1]; 1 for no change.
+      floor, ceiling: bounds of ``scale``.
+      trust: the longest step, as a part of the length of the parameters.
+      rows: examples of the batch of which C is taken and where the loss is looked at, the last ones, if
+        ``value_and_grad`` knows by ``batch_argnums`` what an example is; None for all. The factors'
+        statistics should be of others: on the same rows the model is blind where d is largest.
 
     Example:
       >>> import jax.numpy as jnp, kfqn_optax as kfqn
       >>> kfqn.quadratic(every=10).init({"w": jnp.zeros(3)}).scale
       Array(1., dtype=float32)
 
-    Source: Martens, Grosse 2015, arXiv 1503.05671, sections 6.4, 6.5 and 7; their model uses all rows.
+    Source: Martens, Grosse 2015, arXiv 1503.05671, sections 6.4, 6.5 and 7; their model uses all rows, their
+    damping has no units, and they do not limit the step's length.
     """
-    check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, rows=rows)
+    check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust, rows=rows)
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
         last = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
-        return QuadraticState(last, jnp.zeros([], jnp.int32), one, zero, zero, zero, one)
+        return QuadraticState(last, jnp.zeros([], jnp.int32), one, zero, zero, zero, one, one)
 
-    def damping(state, given):
-        return given * state.scale
+    def level_of(state, curvature):
+        now = jnp.abs(jnp.asarray(curvature.value, jnp.float32))
+        return jnp.where(state.count == 0, now, ema(state.level, now, FORGET))
+
+    def damping(state, given, curvature):
+        return given * state.scale * safe_divide(level_of(state, curvature), curvature.squared_norm)
 
     def propose(state, proposal):
-        down = jax.tree.map(jnp.negative, proposal.direction)
-        directions = [down, state.last]
-        forms = proposal.curvature.forms(directions, rows=rows)
+        curvature = proposal.curvature
+        directions = [jax.tree.map(jnp.negative, proposal.direction), state.last]
+        forms = curvature.forms(directions, rows=rows)
         gram = jnp.stack([jnp.stack([inner(u, v) for v in directions]) for u in directions])
         matrix = forms.matrix + proposal.damping * gram
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
-        alpha, mu = coefficients = minimum(matrix, slopes)
-        step = jax.tree.map(lambda u, v: (-alpha * u - mu * v).astype(u.dtype), *directions)
-        a = proposal.learning_rate
-        predicted = a * coefficients @ slopes + 0.5 * a**2 * coefficients @ matrix @ coefficients
-        return step, state._replace(alpha=_f32(alpha), mu=_f32(mu), predicted=_f32(predicted))
+        a, c = proposal.learning_rate, minimum(matrix, slopes)
+        longest, length = trust * jnp.sqrt(curvature.squared_norm), jnp.sqrt(c @ gram @ c)
+        c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
+        step = jax.tree.map(lambda u, v: (-c[0] * u - c[1] * v).astype(u.dtype), *directions)
 
-    def due(state):
-        return state.count % every == 0
+        update = jax.tree.map(lambda x: (-a * x).astype(x.dtype), step)
+        slope = a * c @ slopes
+        predicted = slope + 0.5 * a**2 * c @ matrix @ c
+        # The slope is known of the whole batch, what bends the loss along the step of these rows.
+        bend = curvature.value_at(update, rows=rows) - forms.value - a * c @ forms.slopes
+        change = slope + bend
+        rose = ~(change <= 0)
+        share = jnp.where(rose, shortened(-slope, change), 1)
+        shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
-    def review(state, outcome):
-        change = outcome.value_after - outcome.value
-        rose = outcome.known & ~(change <= 0)
-        ratio = jnp.where(jnp.isfinite(change), safe_divide(change, state.predicted), -1)
-        ratio = jnp.where(outcome.known, ratio, state.ratio)
+        ratio = jnp.where(rose, -1, safe_divide(change, predicted))
         factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
-        checked = outcome.known & (due(state) | rose) & outcome.sane
-        scale = jnp.where(checked, jnp.clip(state.scale * factor, floor, ceiling), state.scale)
-        share = jnp.where(rose, shortened(outcome.slope, change), 1)
-        share = jnp.where(outcome.sane, share, 0)
-        last = jax.tree.map(lambda u: jnp.where(share > 0, share * u, 0).astype(u.dtype), outcome.update)
-        return share, state._replace(
-            last=last,
+        look = (state.count + 1) % every == 0
+        return jax.tree.map(shortly, step), QuadraticState(
+            last=jax.tree.map(shortly, update),
             count=state.count + 1,
-            scale=_f32(scale),
-            ratio=_f32(jnp.where(outcome.sane, ratio, state.ratio)),
+            scale=jnp.where(look, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
+            level=level_of(state, curvature),
+            alpha=c[0],
+            mu=c[1],
+            share=share,
+            ratio=ratio,
         )
 
-    return StepRule(init, propose, review, damping, due)
+    def review(state, outcome):
+        made = outcome.sane & (state.share > 0)
+        last = jax.tree.map(lambda u: jnp.where(made, u, 0), state.last)
+        return made.astype(jnp.float32), state._replace(last=last)
+
+    return StepRule(init, propose, review, damping)
 
 
 def minimum(matrix: jax.Array, slopes: jax.Array) -> jax.Array:
@@ -163,10 +182,6 @@ def shortened(slope: jax.Array, change: jax.Array) -> jax.Array:
 
 def _wide(leaf: Any) -> Any:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-
-
-def _f32(value: chex.Numeric) -> jax.Array:
-    return jnp.asarray(value, jnp.float32)
 
 
 QUADRATIC = quadratic()

@@ -53,8 +53,8 @@ class Outcome(NamedTuple):
     update: chex.ArrayTree
 
 
-def _damping(state: Any, damping: jax.Array) -> jax.Array:
-    del state
+def _damping(state: Any, damping: jax.Array, curvature: Curvature) -> jax.Array:
+    del state, curvature
     return damping
 
 
@@ -68,7 +68,7 @@ class StepRule(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``, a NamedTuple of arrays. Its scalars are shown by :func:`diagnostics`.
-      damping: ``damping(state, given) -> damping`` for the sides, from the one that the user gave.
+      damping: ``damping(state, given, curvature) -> damping`` for the sides, from the one that the user gave.
       propose: ``propose(state, proposal) -> (step, state)``: the parameters are to move by
         -learning_rate step. For the papers ``step`` is the direction.
       due: ``due(state) -> bool``, whether the loss at the end of this step must be known. It is known
@@ -93,7 +93,7 @@ class StepRule(NamedTuple):
     init: Callable[[chex.ArrayTree], Any]
     propose: Callable[[Any, Proposal], tuple[chex.ArrayTree, Any]]
     review: Callable[[Any, Outcome], tuple[chex.Numeric, Any]]
-    damping: Callable[[Any, jax.Array], jax.Array] = _damping
+    damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
     due: Callable[[Any], jax.Array] = _never
 
 

@@ -22,7 +22,7 @@ class Problem(NamedTuple):
       loss_fn: ``(params, state) -> (loss, state)``; the batch is part of it.
       params, state: where training starts; the state is that of batch norm, or empty.
       layers: the layers found.
-      forward, sampled_loss: as in :func:`kfqn_optax.value_and_grad`.
+      forward: as in :func:`kfqn_optax.value_and_grad`.
       model: an NNX model to change in place, which ``loss_fn(model)`` takes instead of params and state.
     """
 
@@ -31,7 +31,6 @@ class Problem(NamedTuple):
     state: Any
     layers: kfqn.Layers
     forward: Callable[[Any, Any], Any] | None = None
-    sampled_loss: Callable[[Any, Any], jax.Array] | None = None
     model: nnx.Module | None = None
 
 
@@ -110,21 +109,15 @@ def poisson(forward_mode: bool) -> Problem:
 
     def loss_fn(params, state):
         residual = jax.vmap(second, (None, 0))(params, points) + jnp.pi**2 * jnp.sin(jnp.pi * points)
-        return jnp.mean(residual**2), state
+        return jnp.mean(kfqn.outputs(residual, "normal") ** 2), state
 
     def forward(params, state):
         del state
         return jax.vmap(u, (None, 0))(params, points)
 
-    def sampled_loss(params, state):
-        """Half the squared distance of u to normal samples around it."""
-        outputs = forward(params, state)
-        drawn = jax.lax.stop_gradient(outputs) + jax.random.normal(jax.random.key(3), outputs.shape)
-        return jnp.mean((outputs - drawn) ** 2) / 2
-
     layers = kfqn.find_layers(model, variables, points[:1])
     problem = Problem(loss_fn, variables["params"], {}, layers)
-    return problem._replace(forward=forward, sampled_loss=sampled_loss) if forward_mode else problem
+    return problem._replace(forward=forward) if forward_mode else problem
 
 
 def in_place(rngs: nnx.Rngs) -> Problem:

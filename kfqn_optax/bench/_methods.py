@@ -80,7 +80,7 @@ def _kfqn(name: str) -> Callable[[Problem, float, Settings], Recipe]:
 
     def build(problem: Problem, learning_rate: float, settings: Settings) -> Recipe:
         make = functools.partial(getattr(kfqn, name), learning_rate, **settings)
-        return _second_order(problem, make, sampled=name == "kfac")
+        return _second_order(problem, make)
 
     return build
 
@@ -88,27 +88,20 @@ def _kfqn(name: str) -> Callable[[Problem, float, Settings], Recipe]:
 def _second_order(
     problem: Problem,
     make: Callable[[kfqn.Layers], optax.GradientTransformationExtraArgs],
-    sampled: bool,
 ) -> Recipe:
     """A recipe with the transformation that ``make`` returns for the layers found."""
     params = jax.eval_shape(problem.init, 0)
     example = jax.ShapeDtypeStruct((1, problem.widths[0]), jnp.float32)
     layers = kfqn.find_layers(problem.model, {"params": params}, example)
-    value_and_grad = kfqn.value_and_grad(
-        lambda params, images, key: problem.train_loss(params, images),
-        layers,
-        sampled_loss=problem.sampled_loss if sampled else None,
-    )
-    tx, key = make(layers), jax.random.key(0)
+    value_and_grad = kfqn.value_and_grad(problem.train_loss, layers, batch_argnums=1)
+    tx = make(layers)
 
     def init(params, batches):
         opt_state: Tree = tx.init(params)
-        pairs = ((images, key) for images in batches)
-        return kfqn.warm_start(opt_state, value_and_grad, params, pairs)
+        return kfqn.warm_start(opt_state, value_and_grad, params, ((images,) for images in batches))
 
     def step(params, opt_state, images):
-        step_key = jax.random.fold_in(key, opt_state[0].count)
-        loss, grads, curvature = value_and_grad(params, images, step_key)
+        loss, grads, curvature = value_and_grad(params, images)
         updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
         return optax.apply_updates(params, updates), opt_state, loss
 

@@ -53,11 +53,8 @@ def half_squared_error(outputs: jax.Array, images: jax.Array) -> jax.Array:
     return optax.l2_loss(outputs, images).sum(axis=-1)
 
 
-def sample(image_loss: ImageLoss, key: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Images drawn from the distribution of which ``image_loss`` is the negative log-likelihood."""
-    if image_loss is cross_entropy:
-        return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
-    return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+# Of which each loss is the negative log-likelihood.
+DISTRIBUTIONS: dict[Any, str] = {cross_entropy: "bernoulli", half_squared_error: "normal"}
 
 
 def l2_term(params: Tree) -> jax.Array:

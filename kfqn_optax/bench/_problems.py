@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import kfqn_optax as kfqn
 from kfqn_optax.bench._curves import load_curves
 from kfqn_optax.bench._datasets import Dataset
 from kfqn_optax.bench._faces import load_faces
 from kfqn_optax.bench._mnist import load_mnist
 from kfqn_optax.bench._models import (
+    DISTRIBUTIONS,
     Autoencoder,
     ImageLoss,
     Tree,
     cross_entropy,
     half_squared_error,
     l2_term,
-    sample,
 )
 
 
@@ -45,12 +46,8 @@ class Problem(NamedTuple):
     def test_loss(self, params: Tree, images: jax.Array) -> jax.Array:
         """Mean loss of a batch, without the L2 term."""
         outputs: Any = self.model.apply({"params": params}, images)
-        return self.image_loss(outputs, images).mean()
-
-    def sampled_loss(self, params: Tree, images: jax.Array, key: jax.Array) -> jax.Array:
-        """Mean loss of images drawn from the model's own predictions: KFAC's Fisher matrix."""
-        outputs: Any = self.model.apply({"params": params}, images)
-        return self.image_loss(outputs, jax.lax.stop_gradient(sample(self.image_loss, key, outputs))).mean()
+        marked = kfqn.outputs(outputs, DISTRIBUTIONS.get(self.image_loss))
+        return self.image_loss(marked, images).mean()
 
 
 PROBLEMS = {

@@ -37,7 +37,6 @@ def train(
         problem.layers,
         has_aux=True,
         forward=problem.forward,
-        sampled_loss=problem.sampled_loss,
     )
     if problem.model is not None:
         losses, opt_state = train_model(problem.model, value_and_grad, tx, steps)

@@ -122,7 +122,7 @@ def expected(layer, calls, vector):
         "product": np.einsum("gij,gj->gi", moment, np.asarray(vector).reshape(len(a), -1)),
         "grad_moment": np.einsum("gni,gnj->gij", g, g) * n / layer.positions,
     }
-    if layer.has_second_moment:
+    if layer.has_second_moment or layer.has_patches_moment:
         fields["second_moment"] = moment
     return fields if layer.groups > 1 else {k: v[0] for k, v in fields.items()}
 

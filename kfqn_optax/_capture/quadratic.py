@@ -1,0 +1,108 @@
+"""A loss along a few directions: its value, first and second derivatives there, in forward mode."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._capture.layers import is_masked
+from kfqn_optax._capture.nnx import as_arrays
+
+
+class Forms(NamedTuple):
+    """The quadratic model of a loss L along K directions u_1, ..., u_K.
+
+    Attributes:
+      value: L. ().
+      slopes: <dL, u_i>. (K,).
+      matrix: <u_i, C u_j>, symmetric. C is the Gauss-Newton matrix of L where the loss has a mark
+        :func:`outputs`, and the matrix of its second derivatives where it has none. (K, K).
+    """
+
+    value: jax.Array
+    slopes: jax.Array
+    matrix: jax.Array
+
+
+def forms_of(
+    loss: Callable[[chex.ArrayTree], jax.Array],
+    params: chex.ArrayTree,
+    directions: Sequence[Any],
+    marked: bool,
+) -> Forms:
+    """The forms of ``loss`` at ``params``; parameters masked in all directions stay constants.
+
+    ``marked`` chooses the program. XLA merges what pairs of directions have in common, but not in the loops
+    of ``scan``; stacked directions share it there too. Without a mark they cost more elsewhere: the upper
+    triangle is then not left out.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    tangents = [_tangents(params, direction) for direction in directions]
+    moving = [i for i in range(len(leaves)) if not all(is_masked(own[i]) for own in tangents)]
+
+    def along(values: list[jax.Array]) -> jax.Array:
+        placed = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            placed[i] = value
+        value = loss(jax.tree.unflatten(structure, placed))
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+    start = [jnp.asarray(leaves[i]) for i in moving]
+    moves = [[_filled(own[i], leaves[i]) for i in moving] for own in tangents]
+    return (_stacked if marked else _in_pairs)(along, start, moves)
+
+
+def _stacked(
+    along: Callable[[Any], jax.Array], start: list[jax.Array], moves: list[list[jax.Array]]
+) -> Forms:
+    stack = [jnp.stack(leaves) for leaves in zip(*moves, strict=True)]
+
+    def slopes(values):
+        one = lambda move: jax.jvp(along, (values,), (move,))
+        value, of_each = jax.vmap(one, out_axes=(None, 0))(stack)
+        return of_each, value
+
+    def derivatives(move):
+        return jax.jvp(slopes, (start,), (move,), has_aux=True)
+
+    of_each, seconds, value = jax.vmap(derivatives, out_axes=(None, 0, None))(stack)
+    return Forms(value, of_each, (seconds + seconds.T) / 2)
+
+
+def _in_pairs(
+    along: Callable[[Any], jax.Array], start: list[jax.Array], moves: list[list[jax.Array]]
+) -> Forms:
+    def slope(move):
+        return lambda values: jax.jvp(along, (values,), (move,))[1]
+
+    lower = [
+        [jax.jvp(slope(one), (start,), (other,)) for other in moves[: i + 1]] for i, one in enumerate(moves)
+    ]
+    of_each = jnp.stack([row[0][0] for row in lower])
+    entry = lambda i, j: lower[max(i, j)][min(i, j)][1]
+    count = range(len(moves))
+    matrix = jnp.stack([jnp.stack([entry(i, j) for j in count]) for i in count])
+    return Forms(along(start), of_each, matrix)
+
+
+def _tangents(params: chex.ArrayTree, direction: Any) -> list[Any]:
+    """For each leaf of ``params`` its tangent, or ``MaskedNode``."""
+
+    def place(u, p):
+        if is_masked(u):
+            return jax.tree.map(lambda _: u, p)
+        if jnp.shape(u) != jnp.shape(p):
+            raise ValueError(
+                f"curvature.forms: a direction has a leaf of shape {jnp.shape(u)} where the parameters have"
+                f" one of shape {jnp.shape(p)}. Give directions shaped like the parameters."
+            )
+        return jnp.asarray(u, jnp.result_type(p))
+
+    tree = jax.tree.map(place, as_arrays(direction), as_arrays(params), is_leaf=is_masked)
+    return jax.tree.leaves(tree, is_leaf=is_masked)
+
+
+def _filled(tangent: Any, leaf: jax.Array) -> jax.Array:
+    return jnp.zeros_like(leaf) if is_masked(tangent) else tangent
