@@ -57,10 +57,10 @@ def quadratic(
 
     The damping is lambda = damping scale level / |params|^2, with ``damping`` what the transformation was
     given, ``level`` the running loss: it has the units of C, so that neither the loss's scale nor the
-    parameters' matters. ``scale`` starts at 1 and follows the model's success (Levenberg and Marquardt): the
-    loss is looked at where the step ends, and every ``every`` steps a ratio of actual to predicted change
-    above 3/4 multiplies it by rate^every, one below 1/4 divides it by that. A step along which the loss
-    rose is shortened to the minimum of the parabola through what is known, half of it at most;
+    parameters' matters. ``scale`` starts at 1 and follows the model's success (Levenberg and Marquardt):
+    the loss is looked at where the step ends, and every ``every`` steps a ratio of actual to predicted
+    change above 3/4 multiplies it by rate^every, one below 1/4 divides it by that. A step along which the
+    loss rose is shortened to the minimum of the parabola through what is known, half of it at most;
     one after which the loss is not finite is not made.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
@@ -81,8 +81,8 @@ def quadratic(
       >>> kfqn.quadratic(every=10).init({"w": jnp.zeros(3)}).scale
       Array(1., dtype=float32)
 
-    Source: Martens, Grosse 2015, arXiv 1503.05671, sections 6.4, 6.5 and 7; their model uses all rows, their
-    damping has no units, and they do not limit the step's length.
+    Source: Martens, Grosse 2015, arXiv 1503.05671, sections 6.4, 6.5 and 7; their model uses all rows,
+    their damping has no units, and they do not limit the step's length.
     """
     check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust, rows=rows)
 

@@ -68,7 +68,8 @@ class StepRule(NamedTuple):
 
     Attributes:
       init: ``init(params) -> state``, a NamedTuple of arrays. Its scalars are shown by :func:`diagnostics`.
-      damping: ``damping(state, given, curvature) -> damping`` for the sides, from the one that the user gave.
+      damping: ``damping(state, given, curvature) -> damping`` for the sides, from the one that the user
+        gave.
       propose: ``propose(state, proposal) -> (step, state)``: the parameters are to move by
         -learning_rate step. For the papers ``step`` is the direction.
       due: ``due(state) -> bool``, whether the loss at the end of this step must be known. It is known
