@@ -137,9 +137,9 @@ def _patches_moment(
 ) -> jax.Array:
     """Sum over rows of a a^T, (groups, d_in, d_in), a the patches of a convolution, ``total`` their sum.
 
-    The covariance of the patches of the first examples, as many as have ``PATCHES`` rows, stands for that of
-    all; the mean is that of all, which leaves A positive semidefinite. Patches are the outputs of the layer
-    for the kernels that pick one element of a patch.
+    The covariance of the patches of the first examples, as many as have ``PATCHES`` rows, stands for that
+    of all; the mean is that of all, which leaves A positive semidefinite. Patches are the outputs of the
+    layer for the kernels that pick one element of a patch.
     """
     groups = kernel.shape[-1]
     in_dim = kernel.size // groups
