@@ -230,6 +230,115 @@ def test_a_step_on_layers_of_any_shape():
     near(counted, sum(parts))
 
 
+# Forms and sampled factors, on some of the rows.
+
+
+class Marked(NamedTuple):
+    """A problem whose loss marks its outputs, and its parts on a few rows: ``sizes`` holds those."""
+
+    sizes: tuple[tuple[int, int, int], ...]
+    params: dict
+    value_and_grad: object
+    x: jax.Array
+
+
+@functools.cache
+def marked(rows, distribution="normal", model=None):
+    """Square layers of 128 on 8 * 128 rows; ``sizes`` are those of ``rows`` of them."""
+    width = 128
+    model = Net((width,) * 4) if model is None else model
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8 * width, width)), jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    loss_fn = lambda params, x: jnp.mean(
+        kfqn.outputs(model.apply({"params": params}, x), distribution) ** 2
+    )
+    layers = kfqn.find_layers(model, {"params": params}, x)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=1)
+    return Marked(((rows, width, width),) * 4, params, value_and_grad, x)
+
+
+def forms_flops(small, rows):
+    def forms(params, other, x):
+        _, _, curvature = small.value_and_grad(params, x)
+        return curvature.forms([params, other], rows=rows)
+
+    return flops(forms, small.params, small.params, small.x)
+
+
+def test_forms_of_two_directions_on_an_eighth_of_the_rows():
+    """A forward pass and two products a layer for each direction: 0.6 of a unit a layer."""
+    small = marked(128)
+    forward, input_gradients, weight_gradients = products(small)
+    near(forms_flops(small, 128), forward + 2 * (input_gradients + weight_gradients))
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(x.shape[-1], use_bias=False)(x)), None
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        body = nn.scan(nn.remat(Body), variable_axes={"params": 0}, split_rngs={"params": True}, length=4)
+        return body()(x, None)[0]
+
+
+def test_forms_of_layers_that_are_scanned_over():
+    """XLA counts a loop's body once. There it does not find that two tangents are the same: 1 + 4 K."""
+    small = marked(128, model=Scanned())
+    near(forms_flops(small, 128), 9 * 2 * 128**3)
+
+
+@pytest.mark.parametrize("distribution", ["normal", "categorical"])
+def test_the_sampled_pass_on_a_quarter_of_the_rows(distribution):
+    """As a second pass, and A and G."""
+    small = marked(256, distribution)
+
+    def sampled(params, x):
+        _, _, curvature = small.value_and_grad(params, x)
+        statistics = curvature.factor_statistics(rows=256, key=0).values()
+        return [(one.second_moment, one.grad_moment) for one in statistics]
+
+    near(flops(sampled, small.params, small.x), second_pass(small) + 2 * second_moments(small))
+
+
+def test_centred_factors_need_no_other_pass():
+    small = marked(1024, None)
+
+    def centred(params, x):
+        _, grads, curvature = small.value_and_grad(params, x)
+        statistics = curvature.factor_statistics().values()
+        return grads, [(one.second_moment, one.grad_moment) for one in statistics]
+
+    near(flops(centred, small.params, small.x), first_pass(small) + 2 * second_moments(small))
+
+
+def test_the_loss_after_a_step_is_one_forward_pass():
+    small = marked(256)
+
+    def value_at(params, x):
+        _, _, curvature = small.value_and_grad(params, x)
+        return curvature.value_at(params, rows=256)
+
+    near(flops(value_at, small.params, small.x), products(small)[0])
+
+
+def test_a_convolution_s_moment_is_of_some_examples():
+    """Twice 4096 rows times d_in^2, however many examples there are: the patches, and A."""
+    model, x = nn.Conv(4, (3, 3)), jnp.ones((64, 16, 16, 8))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+    loss_fn = lambda params, x: jnp.mean(model.apply({"params": params}, x) ** 2)
+
+    def moment(params, x):
+        _, _, curvature = kfqn.value_and_grad(loss_fn, layers)(params, x)
+        return curvature.statistics["."].second_moment
+
+    assert flops(moment, params, x) < 1.5 * 2 * 2 * 4096 * layers["."].in_dim ** 2
+
+
 # Memory
 
 

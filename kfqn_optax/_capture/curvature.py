@@ -107,8 +107,8 @@ class Curvature:
         check_rows(rows, "curvature.forms")
         if not isinstance(directions, (list, tuple)) or not directions:
             raise ValueError(
-                f"curvature.forms: directions is {type(directions).__name__} {directions!r:.60}. Give a"
-                " list of trees shaped like the parameters, one tree at least."
+                f"curvature.forms: directions is a {type(directions).__name__}, or empty. Give a list of"
+                " trees shaped like the parameters, one tree at least."
             )
         marked = bool(self._batch.distributions)
         try:

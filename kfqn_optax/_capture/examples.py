@@ -17,7 +17,7 @@ def check_argnums(argnums: Argnums) -> tuple[int, ...]:
     if not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise ValueError(
             f"kfqn.value_and_grad: batch_argnums={argnums!r}. Give the positions of loss_fn's arguments"
-            " whose leading axis counts examples, as in jax.grad's argnums: from 1, for 0 is params."
+            " whose leading axis counts examples, as in jax.grad's argnums: from 1 on, 0 is the parameters."
         )
     return numbers
 

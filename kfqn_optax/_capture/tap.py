@@ -123,7 +123,7 @@ def convolution_sums(
         "bias_product": projected.sum(tuple(range(projected.ndim - 1))),
     }
     if "second_moment" in slot:
-        sums["second_moment"] = _patches_moment(layer, a, kernel, outputs.shape[:-1], w)
+        sums["second_moment"] = _patches_moment(layer, a, kernel, outputs.shape[:-1], w, row(a_sum))
     return _shaped(sums, slot)
 
 
@@ -136,29 +136,32 @@ def _patches_moment(
     kernel: jax.Array,
     rows: tuple[int, ...],
     w: jax.Array | None,
+    total: jax.Array,
 ) -> jax.Array:
-    """Sum over rows of a a^T, (groups, d_in, d_in), a the patches of a convolution.
+    """Sum over rows of a a^T, (groups, d_in, d_in), a the patches of a convolution, ``total`` their sum.
 
-    The patches of the first examples, as many as have ``PATCHES`` rows, stand for all. They are the
-    outputs of the layer for the kernels that pick one element of a patch.
+    The covariance of the patches of the first examples, as many as have ``PATCHES`` rows, stands for that
+    of all; the mean is that of all, which leaves A positive semidefinite. Patches are the outputs of the
+    layer for the kernels that pick one element of a patch.
     """
     groups = kernel.shape[-1]
     in_dim = kernel.size // groups
-    seen = total = math.prod(rows)
-    if len(rows) > kernel.ndim - 2:  # the inputs have examples, and not positions alone
-        examples = max(1, PATCHES // max(1, math.prod(rows[1:])))
-        inputs = inputs[:examples]
-        seen = total // rows[0] * min(examples, rows[0]) if total else 0
-        all_w, w = w, None if w is None else w[:examples]
-    else:
-        all_w = w
+    has_examples = len(rows) > kernel.ndim - 2  # and not positions alone
+    examples = max(1, PATCHES // max(1, math.prod(rows[1:])))
+    some = has_examples and examples < rows[0]
+    w = jnp.ones(rows, inputs.dtype) if w is None else w
+    seen = w[:examples] if some else w
     picks = jnp.eye(in_dim, dtype=inputs.dtype).reshape(in_dim, *kernel.shape[:-1], 1)
     picks = jnp.broadcast_to(picks, (in_dim, *kernel.shape))
-    patches = jax.vmap(functools.partial(layer, inputs))(picks)
-    weighted, scale = patches, jnp.asarray(total / max(seen, 1), inputs.dtype)
-    if w is not None and all_w is not None:
-        weighted, scale = patches * w[None, ..., None], safe_divide(all_w.sum(), w.sum())
-    return scale * jnp.einsum("i...g,j...g->gij", weighted, patches, precision="highest")
+    patches = jax.vmap(functools.partial(layer, inputs[:examples] if some else inputs))(picks)
+    weighted = patches * seen[None, ..., None]
+    moment = jnp.einsum("i...g,j...g->gij", weighted, patches, precision="highest")
+    if not some:
+        return moment
+    mean = safe_divide(weighted.sum(tuple(range(1, weighted.ndim - 1))).T, seen.sum())
+    mean_of_all = safe_divide(total, w.sum())
+    outer = lambda m: m[:, :, None] * m[:, None, :]
+    return w.sum() * (safe_divide(moment, seen.sum()) - outer(mean) + outer(mean_of_all))
 
 
 def embedding_sums(ids: jax.Array, slot: Slot) -> dict[str, jax.Array]:
