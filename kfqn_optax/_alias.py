@@ -55,7 +55,7 @@ def kbfgs(
       learning_rate: a number or a schedule.
       layers: what :func:`find_layers` returned.
       damping: lambda > 0, with l_A = l_G = mu2 = sqrt(lambda). A number or a schedule. In units of
-        the loss per squared unit of input; below 1 for the guarantees of double damping.
+        the loss per squared unit of input; at most 1 for the paper's double damping.
       norm_constraint: what nu is. By default :func:`measured`: no step goes beyond the minimum of its
         batch's loss along it, as found by the second pass. A number is kappa, in units of the loss, for
         nu = min(1, sqrt(kappa / (learning_rate^2 <M, H_a M H_g>))). None is nu = 1.
