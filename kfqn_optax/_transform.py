@@ -274,7 +274,7 @@ def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Arr
     before = seen(curvature.statistics)
     if not method.of_factors:
         return _Batch(before, _of_inputs(before), _of_outputs(before), None)
-    statistics, sampled = curvature.factor_statistics(rows=method.statistics_rows)
+    statistics, sampled = curvature.factors(rows=method.statistics_rows)
     of_factors = seen(statistics)
 
     def chosen(sides):

@@ -121,7 +121,7 @@ class Curvature:
 
     def factor_statistics(
         self, rows: int | None = None, key: int | jax.Array | None = None
-    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+    ) -> dict[str, Statistics]:
         """The statistics of which a Fisher side makes its factors, for each layer name.
 
         Where a mark :func:`outputs` names a distribution: those of one pass with sampled labels, forward
@@ -142,6 +142,13 @@ class Curvature:
           key: a seed or a key for the samples; None derives it from the loss, so that it differs from step
             to step. Draws differ in examples that are mapped or scanned over as far as the marked
             arrays differ there.
+        """
+        return self.factors(rows, key)[0]
+
+    def factors(
+        self, rows: int | None = None, key: int | jax.Array | None = None
+    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+        """:meth:`factor_statistics`, and the gradient that parameters of no layer make their factor of.
 
         Returns:
           The statistics, and the gradient of the sampled loss, shaped like the parameters, whose square has

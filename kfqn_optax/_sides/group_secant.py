@@ -135,12 +135,13 @@ def _changes(before: Any, after: Any, groups: int) -> tuple[jax.Array, jax.Array
         ds = after.preactivations - before.preactivations
         dy = after.preactivation_grads - before.preactivation_grads
         return ds[None], dy[None], ((before.rows > 0) & (after.rows > 0))[None]
-    measured = 1 if before.part_rows is None else before.part_rows.shape[0]
-    if measured != groups:
+    rows = before.part_rows
+    measured = 1 if rows is None else rows.shape[0]
+    if rows is None or measured != groups:
         raise ValueError(
             f"kfqn: the optimizer was made with groups={groups}, but the curvature has statistics of"
             f" {measured}. Give kfqn.value_and_grad(loss_fn, layers, groups={groups})."
         )
-    seen = (before.rows > 0) & (before.part_rows > 0) & (after.part_rows > 0)
+    seen = (before.rows > 0) & (rows > 0) & (after.part_rows > 0)
     ds = after.part_preactivations - before.part_preactivations
     return ds, after.part_grads - before.part_grads, seen

@@ -42,7 +42,7 @@ def captured(loss, forward=None):
 
 def test_without_a_distribution_there_is_no_gradient_moment():
     _, grads, curvature = captured(loss_of(forward_residual, None), forward)
-    assert {one.grad_moment for one in curvature.factor_statistics()[0].values()} == {None}
+    assert {one.grad_moment for one in curvature.factor_statistics().values()} == {None}
     tx = kfqn.kfac(0.1, layers, damping=0.1)
     with pytest.raises(ValueError, match="forward="):
         tx.update(grads, tx.init(params), params, curvature=curvature)
@@ -55,7 +55,7 @@ def test_draws_have_the_gauss_newton_blocks_of_the_outputs_on_average():
     @jax.vmap
     def moments(key):
         _, _, curvature = captured(loss_of(forward_residual), forward)
-        return {name: one.grad_moment for name, one in curvature.factor_statistics(key=key)[0].items()}
+        return {name: one.grad_moment for name, one in curvature.factor_statistics(key=key).items()}
 
     @quick_jit
     def exact(biases):
@@ -79,7 +79,7 @@ def test_draws_have_the_gauss_newton_blocks_of_the_outputs_on_average():
 def test_inputs_are_those_of_the_plain_forward_pass():
     _, _, plain = captured(loss_of(forward_residual), forward)
     _, _, expected = captured(lambda params: jnp.mean(forward(params) ** 2))
-    for name, ours in plain.factor_statistics()[0].items():
+    for name, ours in plain.factor_statistics().items():
         theirs = expected.statistics[name]
         np.testing.assert_allclose(ours.second_moment, theirs.second_moment, rtol=1e-5, atol=1e-6)
 
@@ -100,7 +100,7 @@ def test_where_the_residual_is_taken_in_reverse_mode_one_pass_is_enough():
     @quick_jit
     def run(params):
         _, _, curvature = captured(loss_of(reverse_residual))
-        return curvature.factor_statistics(key=0)[0]
+        return curvature.factor_statistics(key=0)
 
     for one in run(params).values():
         assert np.linalg.eigvalsh(one.grad_moment).min() > -1e-6
