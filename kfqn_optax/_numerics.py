@@ -29,7 +29,7 @@ def select(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTr
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
 
 
-def ema(average: jax.Array, value: jax.Array, decay: float) -> jax.Array:
+def ema(average: jax.Array, value: jax.Array, decay: float | jax.Array) -> jax.Array:
     """One step of an exponential moving average without bias correction."""
     return decay * average + (1 - decay) * value
 

@@ -33,10 +33,10 @@ class ScaleByKfqnState(NamedTuple):
 
     Attributes:
       count: how many times ``update`` was called.
-      momentum: moving average of the gradient, shaped like the parameters; None without momentum.
+      momentum: moving average of the gradient, shaped like the parameters; empty without momentum.
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
-      others: of the parameters that belong to no layer, if they have a diagonal factor; None otherwise.
+      others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
       rule: what the step rule keeps.
       damping: the damping of the last step.
       share: the part of the proposed step that was made in the last update.
@@ -45,10 +45,10 @@ class ScaleByKfqnState(NamedTuple):
     """
 
     count: jax.Array
-    momentum: chex.ArrayTree | None
+    momentum: chex.ArrayTree
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-    others: others.OthersState | None
+    others: others.OthersState | tuple[()]
     rule: Any
     damping: jax.Array
     share: jax.Array
@@ -223,7 +223,7 @@ def scale_by_kfqn(
         accept = outcome.sane & (share > 0)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            momentum=None if method.without_momentum else select(sane, average, state.momentum),
+            momentum=() if method.without_momentum else select(sane, average, state.momentum),
             inputs=sides.inputs,
             outputs=sides.outputs,
             others=rest,
@@ -253,10 +253,10 @@ def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
     rest = others.paths(present, params)
     return ScaleByKfqnState(
         count=jnp.zeros([], jnp.int32),
-        momentum=None if method.without_momentum else zeros,
+        momentum=() if method.without_momentum else zeros,
         inputs=states(method.inputs, lambda layer: layer.rows),
         outputs=states(method.outputs, lambda layer: layer.out_dim),
-        others=others.init(present, params) if method.others_decay is not None and rest else None,
+        others=others.init(present, params) if method.others_decay is not None and rest else (),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),
@@ -325,13 +325,13 @@ def _observe(
     dampings: _Sides,
     curvature: Curvature,
     sane: jax.Array,
-) -> tuple[_Sides, others.OthersState | None]:
+) -> tuple[_Sides, others.OthersState | tuple[()]]:
     """All sides, and what belongs to no layer, after they saw the batch and before the step."""
     inputs = each(present, method.inputs, "observe", state.inputs, batch.inputs, dampings.inputs)
     outputs = each(present, method.outputs, "observe", state.outputs, batch.outputs, dampings.outputs)
     sides = _start(method, present, _Sides(inputs, outputs), dampings)
-    if state.others is None:
-        return sides, None
+    if not isinstance(state.others, others.OthersState):
+        return sides, ()
     examples = curvature.examples
     if examples is None:
         examples = max_rows(present, batch.before)
@@ -371,7 +371,7 @@ def _precondition(
     present: Layers,
     method: _Method,
     sides: _Sides,
-    rest: others.OthersState | None,
+    rest: others.OthersState | tuple[()],
     average: chex.ArrayTree,
     damping: jax.Array,
 ) -> chex.ArrayTree:
@@ -380,7 +380,9 @@ def _precondition(
     rows_done = each(present, method.inputs, "apply", sides.inputs, matrices)
     done = each(present, method.outputs, "apply", sides.outputs, {k: v.mT for k, v in rows_done.items()})
     done = {k: _falling(matrices[k], v.mT) for k, v in done.items()}
-    scaled = average if rest is None else others.apply(rest, present, average, damping)
+    scaled = (
+        others.apply(rest, present, average, damping) if isinstance(rest, others.OthersState) else average
+    )
     direction = set_matrices(present, scaled, done)
     return jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
 

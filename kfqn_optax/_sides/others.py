@@ -34,7 +34,7 @@ def observe(
     layers: Layers,
     grads: chex.ArrayTree,
     sampled: chex.ArrayTree | None,
-    examples: jax.Array,
+    examples: chex.Numeric,
     good: jax.Array,
     decay: float,
 ) -> OthersState:
@@ -54,7 +54,7 @@ def observe(
     rate = jnp.minimum(decay, 1 - 1 / (state.count + 1))
     mean, second = {}, {}
     for name, g in own.items():
-        square = examples * jnp.square(g - state.mean[name]) if drawn is None else jnp.square(drawn[name])
+        square = jnp.square(g - state.mean[name]) * examples if drawn is None else jnp.square(drawn[name])
         beta = rate.astype(g.dtype)
         mean[name] = jnp.where(good, ema(state.mean[name], g, beta), state.mean[name])
         usable = good & jnp.isfinite(square)
