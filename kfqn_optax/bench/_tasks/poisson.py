@@ -17,7 +17,9 @@ _GRID = 50
 
 
 def solution(points: Any) -> Any:
-    return sum(a * jnp.sin(m * jnp.pi * points[:, 0]) * jnp.sin(n * jnp.pi * points[:, 1]) for a, m, n in _WAVES)
+    return sum(
+        a * jnp.sin(m * jnp.pi * points[:, 0]) * jnp.sin(n * jnp.pi * points[:, 1]) for a, m, n in _WAVES
+    )
 
 
 def source(points: Any) -> Any:
