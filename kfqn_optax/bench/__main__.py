@@ -12,11 +12,13 @@ from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import parse_options
 from kfqn_optax.bench._plot import require_matplotlib, save_plot
 from kfqn_optax.bench._problems import PROBLEMS
+from kfqn_optax.bench._profile.command import profile
 from kfqn_optax.bench._report import print_table, save_json
 from kfqn_optax.bench._suite.command import suite
+from kfqn_optax.bench._sweep.command import sweep
 from kfqn_optax.bench._train import Budget, Run
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"suite": suite}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"suite": suite, "profile": profile, "sweep": sweep}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
