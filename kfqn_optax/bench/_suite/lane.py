@@ -53,7 +53,13 @@ def compile_rates(
     return programs
 
 
-def compile_program(task: Task, method: Method, learning_rate: float, batch_size: int) -> Program:
+def compile_program(
+    task: Task,
+    method: Method,
+    learning_rate: float,
+    batch_size: int,
+    jit: Callable[..., Any] = jax.jit,
+) -> Program:
     """Compile the step; the batch is gathered inside it, unless it is all of the training set."""
     tx = method.make(learning_rate, task.layers)
     method_step = method.step(task, tx)
@@ -63,12 +69,12 @@ def compile_program(task: Task, method: Method, learning_rate: float, batch_size
         return method_step(params, opt_state, state, jax.tree.map(take, train))
 
     train = jax.tree.map(jnp.asarray, task.train)
-    program = Program(task, jax.jit(tx.init), step, train, batch_size, 0.0)
+    program = Program(task, jit(tx.init), step, train, batch_size, 0.0)
     params, state = task.init(0)
     order = program.epoch(np.random.default_rng(0))
     begin = time.perf_counter()
     arguments = (params, program.init(params), state, train, order, 0)
-    compiled = jax.jit(step).lower(*arguments).compile()
+    compiled = jit(step).lower(*arguments).compile()
     seconds = time.perf_counter() - begin
     jax.block_until_ready(compiled(*arguments))
     return program._replace(step=compiled, compile_seconds=seconds)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import kfqn_optax as kfqn
@@ -59,8 +60,9 @@ def line_search_step(task: Task, tx: Any) -> Step:
     """The line search's last evaluation is the next step's value and gradient."""
 
     def step(params, opt_state, state, batch):
-        value_fn = lambda params: task.loss(params, batch, state)[0]
+        value_fn: Any = lambda params: task.loss(params, batch, state)[0]
         loss, grads = optax.value_and_grad_from_state(value_fn)(params, state=opt_state)
+        loss = jnp.asarray(loss)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss, grad=grads, value_fn=value_fn)
         return optax.apply_updates(params, updates), opt_state, state, loss
 

@@ -20,7 +20,8 @@ def results_table(
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     columns = _columns(curves, metric, target)
     for heading in columns:
-        table.add_column(heading, justify="left" if heading in ("method", "remarks") else "right")
+        justify = "left" if heading in ("method", "remarks") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "remarks")
     groups = best_trials(curves).values()
     for group in sorted(groups, key=lambda group: statistics.median(c.final_loss for c in group)):
         table.add_row(*(cell(group) for cell in columns.values()))
@@ -66,7 +67,7 @@ def _remarks(group: list[Curve], curves: Sequence[Curve]) -> str:
         remarks.append(f"{diverged} of {len(group)} diverged")
     rates = {t.learning_rate for t in by_trial(curves) if t.method == trial.method}
     if len(rates) > 1 and trial.learning_rate in (min(rates), max(rates)):
-        remarks.append("rate at the end of its grid")
+        remarks.append("rate at end of grid")
     return ", ".join(remarks)
 
 

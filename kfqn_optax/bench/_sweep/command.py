@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import rich.box
 import rich.table
 
@@ -12,6 +13,7 @@ from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import Parser, known, positive
 from kfqn_optax.bench._problems import PROBLEMS, Problem
+from kfqn_optax.bench._quick import quick_jit
 from kfqn_optax.bench._suite.environment import environment
 from kfqn_optax.bench._suite.lane import Evaluator, compile_program
 from kfqn_optax.bench._suite.methods import GRIDS, METHODS
@@ -58,11 +60,12 @@ def _outcomes(problems: Mapping[str, Problem], options: argparse.Namespace) -> I
     if not wanted:
         names = ", ".join(row.name for row, _ in rows(1, CHANGED))
         raise UserError(f"--rows {' '.join(options.rows)}: none of {names}")
+    jit = quick_jit if options.quick else jax.jit
     for name, problem in problems.items():
         dataset = problem.load(None if name in ("curves", "small") else folder_of(options.data_dir, name))
         for circumstances, seeds in wanted:
             task = circumstances.task(problem, dataset)
-            program = compile_program(task, METHODS[options.method], 1.0, task.batch_size)
+            program = compile_program(task, METHODS[options.method], 1.0, task.batch_size, jit)
             evaluate = Evaluator(task)
             for seed in seeds:
                 yield run(name, circumstances.name, seed, options.steps, program, evaluate)

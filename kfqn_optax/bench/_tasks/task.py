@@ -11,7 +11,7 @@ import numpy as np
 import kfqn_optax as kfqn
 from kfqn_optax.bench._models import Tree
 
-EVALUATED = 5_000  # training examples over which the training loss is evaluated, at most
+EVALUATED, AT_ONCE = 5_000, 1_000  # training examples over which the training loss is evaluated, at most
 
 
 class Task(NamedTuple):
@@ -44,14 +44,10 @@ class Task(NamedTuple):
     def examples(self) -> int:
         return len(jax.tree.leaves(self.train)[0])
 
-    @property
-    def full_batch(self) -> bool:
-        return self.batch_size == self.examples
-
     def evaluation_batches(self) -> Tree:
-        """A fixed part of the training set, (batches, batch_size, ...); all of it where it is small."""
-        size = min(self.batch_size, self.examples)
-        count = max(min(EVALUATED, self.examples) // size, 1)
+        """A fixed part of the training set, (batches, size, ...), whatever the batch size in training."""
+        size = min(AT_ONCE, self.examples)
+        count = min(EVALUATED, self.examples) // size
         rows = np.random.default_rng(0).permutation(self.examples)[: count * size].reshape(count, size)
         return jax.tree.map(lambda array: jnp.asarray(array[rows]), self.train)
 
