@@ -54,7 +54,7 @@ CHANGED = [
     Circumstances("loss x 0.001", loss_scale=1e-3),
     Circumstances("tanh", activation=nn.tanh),
     Circumstances("sigmoid", activation=nn.sigmoid),
-    Circumstances("Flax's start (PyTorch's is as usual)", dense=flax_dense),
+    Circumstances("Flax's start", dense=flax_dense),  # PyTorch's is the usual one
 ]
 
 
