@@ -6,6 +6,8 @@ import pytest
 from kfqn_optax.bench.__main__ import main
 from kfqn_optax.bench._profile import command
 from kfqn_optax.bench._profile.step import Timed, take_turns
+from kfqn_optax.bench._quick import quick_jit
+from kfqn_optax.bench._suite.methods import METHODS
 from kfqn_optax.bench._tasks.autoencoders import autoencoder_task
 from kfqn_optax.bench._tasks.table import TASKS
 
@@ -15,6 +17,7 @@ def small_task(small, monkeypatch):
     task = autoencoder_task(small, small.load(None), batch_size=25)
     monkeypatch.setitem(TASKS, "curves", lambda data_dir: task)
     monkeypatch.setattr(command, "COMPILED", {"tiny": lambda: task})
+    monkeypatch.setattr(Timed, "jit", staticmethod(quick_jit))
 
 
 def row(output: str, name: str) -> list[float]:
@@ -22,8 +25,8 @@ def row(output: str, name: str) -> list[float]:
     return [float(cell) for cell in line.split(name)[1].split()]
 
 
-def test_profile_counts_times_and_compiles(small_task, capsys):
-    assert main(["profile", "--methods", "kfqn", "--steps", "2"]) == 0
+def test_profile_counts_and_times_a_step_and_its_parts(small_task, capsys):
+    assert main(["profile", "--methods", "kfqn", "--steps", "2", "--tables", "steps", "parts"]) == 0
     output = capsys.readouterr().out
     milliseconds, times, gigaflop, flops, compiling = row(output, "adam")
     assert milliseconds > 0
@@ -39,7 +42,12 @@ def test_profile_counts_times_and_compiles(small_task, capsys):
     assert row(output, "second pass, all statistics")[3] > 0
     rest = row(output, "kfqn: all but value and gradient")
     assert rest[3] == pytest.approx(row(output, "kfqn")[3] - alone[3], abs=0.011)
-    assert len(row(output, "tiny")) == 2
+
+
+def test_profile_times_compiling_beside_that_of_adam(small_task, capsys, monkeypatch):
+    monkeypatch.setitem(command.PROFILED, "sgd", METHODS["sgd"])
+    assert main(["profile", "--methods", "sgd", "--tables", "compile"]) == 0
+    assert all(seconds > 0 for seconds in row(capsys.readouterr().out, "tiny"))
 
 
 def test_a_matrix_product_has_its_operations_and_functions_take_turns():

@@ -1,5 +1,6 @@
 """The suite on a problem that trains in a moment."""
 
+import functools
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from kfqn_optax.bench.__main__ import main
+from kfqn_optax.bench._quick import quick_jit
 from kfqn_optax.bench._suite import interleave, lane
 from kfqn_optax.bench._suite.curve import Curve, Trial
 from kfqn_optax.bench._suite.lane import Evaluator, Lane, compile_rates
@@ -25,6 +27,11 @@ def task(small):
 @pytest.fixture
 def small_task(task, monkeypatch):
     monkeypatch.setitem(TASKS, "curves", lambda data_dir: task)
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled(monkeypatch):
+    monkeypatch.setattr(lane, "compile_program", functools.partial(lane.compile_program, jit=quick_jit))
 
 
 def run(tmp_path, *arguments: str) -> int:
@@ -109,7 +116,7 @@ def test_one_compiled_step_serves_all_learning_rates_and_follows_them(task):
     params, state = task.init(0)
     order = programs[1e-3].epoch(np.random.default_rng(0))
     batch = jnp.asarray(task.train)[order[1]]
-    grads = jax.grad(lambda p: task.loss(p, batch, state)[0])(params)
+    grads = quick_jit(jax.grad(lambda p: task.loss(p, batch, state)[0]))(params)
     for rate, program in programs.items():
         moved, *_ = program.step(params, program.init(params), state, program.train, order, 1)
         expected = jax.tree.map(lambda p, g, rate=rate: p - rate * g, params, grads)
@@ -148,7 +155,7 @@ def test_grids_have_four_rates_a_factor_of_about_three_apart():
         for problem, rates in grids.items():
             assert problem in ("", *TASKS)
             assert len(rates) == 4
-            assert all(3 <= b / a < 3.4 for a, b in itertools.pairwise(rates))
+            assert all(2.9 < b / a < 3.4 for a, b in itertools.pairwise(rates))
     assert learning_rates("kfac", "curves") == (1.0,)
     assert set(COMPARED) <= set(METHODS)
 

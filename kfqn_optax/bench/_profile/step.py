@@ -18,6 +18,8 @@ class Timed:
     work that is done now and then has its share.
     """
 
+    jit = staticmethod(jax.jit)
+
     def __init__(
         self,
         function: Callable[..., Any],
@@ -25,7 +27,7 @@ class Timed:
         carry: Callable[[Sequence[Any], Any], Sequence[Any]] = lambda arguments, result: arguments,
     ):
         begin = time.perf_counter()
-        self._compiled = jax.jit(function).lower(*arguments).compile()
+        self._compiled = self.jit(function).lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - begin
         self.flops = float((self._compiled.cost_analysis() or {}).get("flops", float("nan")))
         self.seconds: list[float] = []
@@ -57,7 +59,7 @@ def step_of(task: Task, method: Method) -> Timed:
     """The training step on one batch, over and over."""
     tx = method.make(1.0, task.layers)
     params, state = task.init(0)
-    arguments = (params, jax.jit(tx.init)(params), state, first_batch(task))
+    arguments = (params, Timed.jit(tx.init)(params), state, first_batch(task))
     return Timed(method.step(task, tx), arguments, lambda before, result: (*result[:3], before[3]))
 
 
