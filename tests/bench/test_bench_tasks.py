@@ -11,7 +11,9 @@ import pytest
 from kfqn_optax.bench import _library
 from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._problems import PROBLEMS
+from kfqn_optax.bench._suite.lane import Evaluator
 from kfqn_optax.bench._tasks import autoencoders, digits, image, poisson, regression, text
+from kfqn_optax.bench._tasks import task as tasks
 from kfqn_optax.bench._tasks.drawn_digits import draw_digits
 from kfqn_optax.bench._tasks.folders import folder_of
 from kfqn_optax.bench._tasks.table import TASKS
@@ -26,29 +28,28 @@ def test_problems_of_the_paper_are_all_there():
     assert set(PROBLEMS) < set(TASKS)
 
 
-def test_evaluation_is_over_the_same_part_of_the_training_set_every_time(small):
+def test_evaluation_is_over_the_same_part_of_the_training_set_every_time(small, monkeypatch):
     task = autoencoders.autoencoder_task(small, small.load(None), batch_size=25)
     (batch,) = task.evaluation_batches()
     assert batch.shape == (110, 12)
-    params, state = task.init(3)
-    expected = small.train_loss(params, jnp.asarray(small.load(None).train))
-    np.testing.assert_allclose(task.training_loss(params, state, batch[None]), expected, rtol=1e-6)
-    np.testing.assert_array_equal(batch[None], task.evaluation_batches())
+    monkeypatch.setattr(tasks, "AT_ONCE", 30)  # 110 is no multiple
+    batches = task._replace(evaluated=100).evaluation_batches()
+    assert [len(batch) for batch in batches] == [30] * 3
+    np.testing.assert_array_equal(np.concatenate(batches), batch[:90])
 
 
 def test_scaled_autoencoder_reports_the_unscaled_loss(small):
     dataset = small.load(None)
-    plain = autoencoders.autoencoder_task(small, dataset)
     scaled = autoencoders.autoencoder_task(small, dataset, loss_scale=1e3)
-    params, state = plain.init(0)
-    batches = plain.evaluation_batches()
-    np.testing.assert_allclose(
-        scaled.training_loss(params, state, batches), plain.training_loss(params, state, batches), rtol=1e-6
-    )
-    plain_loss, _ = plain.loss(params, batches[0], {})
-    np.testing.assert_allclose(scaled.loss(params, batches[0], {})[0], 1e3 * plain_loss, rtol=1e-6)
+    params, state = scaled.init(3)
+    images = jnp.asarray(dataset.train)
+    expected = small.train_loss(params, images)
+    np.testing.assert_allclose(scaled.loss(params, images, state)[0], 1e3 * expected, rtol=1e-6)
+    loss, metric = Evaluator(scaled)(params, state)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(metric, small.test_loss(params, jnp.asarray(dataset.test)), rtol=1e-6)
     bright = autoencoders.autoencoder_task(small, dataset, input_scale=100.0)
-    assert bright.loss(params, batches[0], {})[0] > plain_loss
+    assert bright.loss(params, images, state)[0] > expected
 
 
 def test_picture_has_a_held_out_test_and_four_layers():

@@ -6,6 +6,7 @@ same batches in the same order.
 """
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -81,21 +82,19 @@ def compile_program(
 
 
 class Evaluator:
-    """The training loss on a fixed part of the training set and the test metric; one for each task."""
+    """The training loss on a fixed part of the training set and the test metric; one for each task.
+
+    The loss is the mean of what the methods minimise, in units of the unscaled loss.
+    """
 
     def __init__(self, task: Task):
-        self._batches = task.evaluation_batches()
+        self._batches, self._unit = task.evaluation_batches(), task.loss_unit
         self._test = jax.tree.map(jnp.asarray, task.test)
-        self._losses = jax.jit(
-            lambda params, state, batches, test: (
-                task.training_loss(params, state, batches),
-                task.test_metric(params, test, state),
-            )
-        )
+        self._loss, self._metric = jax.jit(task.loss), jax.jit(task.test_metric)
 
     def __call__(self, params: Any, state: Any) -> tuple[float, float]:
-        loss, metric = self._losses(params, state, self._batches, self._test)
-        return float(loss), float(metric)
+        losses = [float(self._loss(params, batch, state)[0]) for batch in self._batches]
+        return statistics.fmean(losses) / self._unit, float(self._metric(params, self._test, state))
 
 
 class Lane:

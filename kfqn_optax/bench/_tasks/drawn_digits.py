@@ -34,7 +34,7 @@ def draw_digits(count: int, side: int, seed: int) -> tuple[np.ndarray, np.ndarra
         distance = _distance(pixels, ends[:, segment, 0], ends[:, segment, 1])
         stroke = np.exp(-0.5 * (distance / width) ** 2) * lit[:, segment, None]
         ink = np.maximum(ink, stroke)
-    images = np.clip(ink + rng.normal(0, 0.15, ink.shape), 0, 1).astype(np.float32)
+    images = np.clip(ink + rng.normal(0, 0.35, ink.shape), 0, 1).astype(np.float32)
     return images.reshape(count, side, side), labels.astype(np.int32)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import kfqn_optax as kfqn
 from kfqn_optax.bench._models import Tree
 
-EVALUATED, AT_ONCE = 5_000, 1_000  # training examples over which the training loss is evaluated, at most
+AT_ONCE = 1_000  # examples of one batch in evaluation, at most: bounds the memory
 
 
 class Task(NamedTuple):
@@ -27,6 +27,7 @@ class Task(NamedTuple):
       test_metric: ``(params, test, state) -> number``.
       forward: as in :func:`kfqn_optax.value_and_grad`, for a loss in forward mode.
       loss_unit: what a loss of 1 without any scaling is here.
+      evaluated: training examples over which the training loss is evaluated, at most.
     """
 
     init: Callable[[int], tuple[Tree, Tree]]
@@ -39,22 +40,20 @@ class Task(NamedTuple):
     test_metric: Callable[[Tree, Tree, Tree], jax.Array]
     forward: Callable[[Tree, Tree, Tree], jax.Array] | None = None
     loss_unit: float = 1.0
+    evaluated: int = 5_000
 
     @property
     def examples(self) -> int:
         return len(jax.tree.leaves(self.train)[0])
 
-    def evaluation_batches(self) -> Tree:
-        """A fixed part of the training set, (batches, size, ...), whatever the batch size in training."""
-        size = min(AT_ONCE, self.examples)
-        count = min(EVALUATED, self.examples) // size
+    def evaluation_batches(self) -> list[Tree]:
+        """A fixed part of the training set in equal batches, whatever the batch size in training."""
+        size = min(AT_ONCE, self.evaluated, self.examples)
+        count = min(self.evaluated, self.examples) // size
         rows = np.random.default_rng(0).permutation(self.examples)[: count * size].reshape(count, size)
-        return jax.tree.map(lambda array: jnp.asarray(array[rows]), self.train)
-
-    def training_loss(self, params: Tree, state: Tree, batches: Tree) -> jax.Array:
-        """The mean of what the methods minimise over ``batches``, in units of the unscaled loss."""
-        losses = jax.lax.map(lambda batch: self.loss(params, batch, state)[0], batches)
-        return losses.mean() / self.loss_unit
+        return [
+            jax.tree.map(lambda array, part=part: jnp.asarray(array[part]), self.train) for part in rows
+        ]
 
 
 def linen_start(

@@ -95,6 +95,7 @@ def load_text(blocks: int = BLOCKS, scanned: bool = False) -> Task:
         batch_size=BATCH_SIZE,
         metric="test bits per character",
         test_metric=lambda params, ids, state: cross_entropy(params, ids) / np.log(2.0),
+        evaluated=500,
     )
 
 
