@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kfqn_optax.bench._suite.curve import Curve, Trial, adam_step, best_trials
+from kfqn_optax.bench._suite.curve import Curve, adam_step, best_trials
 from kfqn_optax.bench._suite.environment import environment
 
 
@@ -43,7 +43,11 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 def _as_dict(curve: Curve, curves: Sequence[Curve]) -> dict[str, Any]:
     adams = [other for other in curves if other.trial.method == "adam"]
     return curve.trial._asdict() | {
-        **{field.name: getattr(curve, field.name) for field in dataclasses.fields(curve)},
+        **{
+            field.name: getattr(curve, field.name)
+            for field in dataclasses.fields(curve)
+            if field.name != "trial"
+        },
         "seconds_per_step": curve.seconds_per_step,
         "step_in_adams": curve.seconds_per_step / adam_step(curve, adams),
         "points": [point._asdict() for point in curve.points],
@@ -53,8 +57,6 @@ def _as_dict(curve: Curve, curves: Sequence[Curve]) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Trial):
-        return value._asdict()
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
