@@ -2,25 +2,32 @@
 
 import argparse
 import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 
 from kfqn_optax.bench._compare import compare
 from kfqn_optax.bench._errors import UserError
+from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import parse_options
 from kfqn_optax.bench._plot import require_matplotlib, save_plot
 from kfqn_optax.bench._problems import PROBLEMS
+from kfqn_optax.bench._profile.command import profile
 from kfqn_optax.bench._report import print_table, save_json
+from kfqn_optax.bench._suite.command import suite
+from kfqn_optax.bench._sweep.command import sweep
 from kfqn_optax.bench._train import Budget, Run
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"suite": suite, "profile": profile, "sweep": sweep}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison that ``arguments`` ask for and return the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(parse_options(arguments))
+        if words and words[0] in COMMANDS:
+            return COMMANDS[words[0]](words[1:])
+        return _run(parse_options(words))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     require_matplotlib()
-    _prepare_folder(options.out)
+    prepare_folder(options.out)
     problem = PROBLEMS[options.problem]
     dataset = problem.load(options.data_dir)
     if options.batch_size > len(dataset.train):
@@ -65,15 +72,6 @@ def _report(runs: list[Run], options: argparse.Namespace, title: str) -> None:
     save_json(runs, vars(options), options.out / f"{options.problem}.json")
     save_plot(runs, title, options.out / f"{options.problem}.png")
     print(f"saved {options.problem}.json and {options.problem}.png in {options.out}")
-
-
-def _prepare_folder(folder: Path) -> None:
-    """Make the folder for the results; find out before training whether it can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written to: {error}") from error
 
 
 if __name__ == "__main__":

@@ -23,11 +23,16 @@ _GZIP_START = b"\x1f\x8b"
 
 def load_mnist(data_dir: Path | None) -> Dataset:
     """Read the images in [0, 1]. The labels are read to check that the files belong together."""
+    return Dataset(*(images for images, _ in load_labelled_mnist(data_dir)))
+
+
+def load_labelled_mnist(data_dir: Path | None) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """Images in [0, 1], (count, 784), and labels (count,), to train on and to test on."""
     folder = _cached_download() if data_dir is None else require_folder(data_dir)
-    return Dataset(*(_read_part(folder, prefix) for prefix in _PARTS.values()))
+    return tuple(_read_part(folder, prefix) for prefix in _PARTS.values())
 
 
-def _read_part(folder: Path, prefix: str) -> np.ndarray:
+def _read_part(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     images_path = _find(folder, f"{prefix}-{_IMAGES}")
     labels_path = _find(folder, f"{prefix}-{_LABELS}")
     images, labels = read_idx(images_path, dimensions=3), read_idx(labels_path, dimensions=1)
@@ -38,7 +43,7 @@ def _read_part(folder: Path, prefix: str) -> np.ndarray:
             f"{images_path} has {len(images)} images, {labels_path.name} {len(labels)} labels: "
             "they do not belong together"
         )
-    return images.reshape(len(images), -1).astype(np.float32) / 255
+    return images.reshape(len(images), -1).astype(np.float32) / 255, labels.astype(np.int32)
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The paper's autoencoder, its two losses and PyTorch's default initialisation."""
+"""The paper's autoencoder, its two losses, and the starts of PyTorch and Flax."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,31 @@ Tree = Any  # of arrays: parameters, or the state of an optimizer
 ImageLoss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+def torch_dense(fan_in: int, width: int, dtype: Any = None) -> nn.Dense:
+    """A layer with kernel and bias uniform in +-1/sqrt(fan_in), as ``torch.nn.Linear`` starts."""
+
+    def uniform(key, shape, dtype=jnp.float32):
+        bound = fan_in**-0.5
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nn.Dense(width, kernel_init=uniform, bias_init=uniform, dtype=dtype)
+
+
+def flax_dense(fan_in: int, width: int) -> nn.Dense:
+    """A layer that starts as Flax's do: a normal kernel with variance 1/fan_in, no bias."""
+    del fan_in
+    return nn.Dense(width)
+
+
 class Autoencoder(nn.Module):
     """Dense layers of the given widths down to the code and mirrored back up to the image.
 
-    ReLU after every layer but the code and the output, which are linear.
+    The activation is after every layer but the code and the output, which are linear.
     """
 
     widths: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    dense: Callable[[int, int], nn.Dense] = torch_dense
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -28,19 +46,9 @@ class Autoencoder(nn.Module):
         linear = {len(self.widths) - 2, len(outputs) - 1}
         x = images
         for index, width in enumerate(outputs):
-            x = _dense(x.shape[-1], width)(x)
-            x = x if index in linear else nn.relu(x)
+            x = self.dense(x.shape[-1], width)(x)
+            x = x if index in linear else self.activation(x)
         return x
-
-
-def _dense(fan_in: int, width: int) -> nn.Dense:
-    """A layer with kernel and bias uniform in +-1/sqrt(fan_in), as ``torch.nn.Linear`` starts."""
-
-    def uniform(key, shape, dtype=jnp.float32):
-        bound = fan_in**-0.5
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nn.Dense(width, kernel_init=uniform, bias_init=uniform)
 
 
 def cross_entropy(outputs: jax.Array, images: jax.Array) -> jax.Array:

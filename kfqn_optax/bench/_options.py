@@ -29,33 +29,39 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m kfqn_optax.bench",
         description="Train deep autoencoders with several optimizers and compare them.",
+        epilog="Other comparisons, as the first word: suite, profile, sweep; each has its own --help.",
     )
 
     def add(name: str, to: Any = parser, **settings: Any) -> None:
         to.add_argument(name, **settings)
 
-    add("--problem", type=_known(PROBLEMS), default="curves", help=", ".join(PROBLEMS))
+    add("--problem", type=known(PROBLEMS), default="curves", help=", ".join(PROBLEMS))
     add("--data-dir", type=Path, metavar="DIR", help="folder of the MNIST files or orl_faces.npz")
     among = f"of {', '.join(METHODS)} (default {','.join(COMPARED)})"
     add("--methods", type=_methods, default=COMPARED, metavar="A,B", help=among)
     limit = parser.add_mutually_exclusive_group()
-    add("--epochs", to=limit, type=_positive(int), metavar="N", help="epochs of each run")
+    add("--epochs", to=limit, type=positive(int), metavar="N", help="epochs of each run")
     seconds = f"training seconds of each run (default {DEFAULT_SECONDS:g}, unless --epochs)"
-    add("--seconds", to=limit, type=_positive(float), metavar="S", help=seconds)
+    add("--seconds", to=limit, type=positive(float), metavar="S", help=seconds)
     target = "end a run early when the training loss is no higher; shows epochs and seconds to it"
-    add("--target", type=_positive(float), metavar="LOSS", help=target)
-    add("--seed", type=_seed, nargs="+", default=[0], metavar="N", help="one run each (default 0)")
-    add("--batch-size", type=_positive(int), default=1000, metavar="N", help="default 1000")
-    rate = {"type": _assignment, "action": "append", "default": [], "metavar": "METHOD=VALUE[,VALUE...]"}
+    add("--target", type=positive(float), metavar="LOSS", help=target)
+    add("--seed", type=seed, nargs="+", default=[0], metavar="N", help="one run each (default 0)")
+    add("--batch-size", type=positive(int), default=1000, metavar="N", help="default 1000")
+    rate = {
+        "type": assignment(METHODS),
+        "action": "append",
+        "default": [],
+        "metavar": "METHOD=VALUE[,VALUE...]",
+    }
     add("--learning-rate", help="one run each; may be repeated for other methods", **rate)
     setting = "paper: learning rate and damping 0.3, no norm constraint; capped: with one of 3"
     add("--setting", choices=SETTINGS, default="default", help=f"of our methods; {setting}")
@@ -64,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _known(names: Mapping[str, Any]) -> Callable[[str], str]:
+def known(names: Mapping[str, Any]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"unknown {text!r}; known are {', '.join(names)}")
@@ -74,10 +80,10 @@ def _known(names: Mapping[str, Any]) -> Callable[[str], str]:
 
 
 def _methods(text: str) -> list[str]:
-    return list(dict.fromkeys(map(_known(METHODS), text.split(","))))
+    return list(dict.fromkeys(map(known(METHODS), text.split(","))))
 
 
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -91,14 +97,19 @@ def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
     return parse
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return int(text)
 
 
-def _assignment(text: str) -> tuple[str, list[float]]:
-    name, equals, values = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"expected METHOD=VALUE, for example sgd=0.1, got {text!r}")
-    return _known(METHODS)(name), [_positive(float)(value) for value in values.split(",")]
+def assignment(methods: Mapping[str, Any]) -> Callable[[str], tuple[str, list[float]]]:
+    """Parse METHOD=VALUE[,VALUE...] for one of these methods."""
+
+    def parse(text: str) -> tuple[str, list[float]]:
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"expected METHOD=VALUE, for example sgd=0.1, got {text!r}")
+        return known(methods)(name), [positive(float)(value) for value in values.split(",")]
+
+    return parse

@@ -1,0 +1,1 @@
+"""``python -m kfqn_optax.bench profile``: where a step's time, operations and compiling go."""

@@ -1,0 +1,85 @@
+"""The results of one problem as a table: the best trial of each method."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+import rich.box
+import rich.console
+import rich.table
+
+from kfqn_optax.bench._suite.curve import Curve, adam_step, best_trials, by_trial, step_in_adams
+
+_WIDTH = 160  # where stdout is no terminal
+
+
+def results_table(
+    curves: Sequence[Curve], title: str, metric: str, target: float | None
+) -> rich.table.Table:
+    """One row a method, medians over seeds and [least, most] below; the best methods first."""
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    columns = _columns(curves, metric, target)
+    for heading in columns:
+        justify = "left" if heading in ("method", "remarks") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "remarks")
+    groups = best_trials(curves).values()
+    for group in sorted(groups, key=lambda group: statistics.median(c.final_loss for c in group)):
+        table.add_row(*(cell(group) for cell in columns.values()))
+    return table
+
+
+def print_table(table: rich.table.Table) -> None:
+    console = rich.console.Console(markup=False)  # a cell may hold [brackets]
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
+
+
+def _columns(
+    curves: Sequence[Curve], metric: str, target: float | None
+) -> dict[str, Callable[[list[Curve]], str]]:
+    adams = [curve for curve in curves if curve.trial.method == "adam"]
+    columns: dict[str, Callable[[list[Curve]], str]] = {
+        "method": lambda group: group[0].trial.method,
+        "rate": lambda group: f"{group[0].trial.learning_rate:g}",
+        "batch": lambda group: str(group[0].trial.batch_size),
+        "steps": lambda group: spread((c.steps for c in group), ".0f"),
+        "train loss": lambda group: spread((c.final_loss for c in group), ".4g", "diverged"),
+        metric: lambda group: spread((c.final_metric for c in group), ".4g", "diverged"),
+        "ms/step": lambda group: spread((1e3 * c.seconds_per_step for c in group), ".3g"),
+        "x Adam": lambda group: spread([step_in_adams(group, adams)], ".2f"),
+        "compile s": lambda group: f"{group[0].compile_seconds:.1f}",
+    }
+    if target is not None:
+        reach = lambda group: [(c.seconds_to(target), adam_step(c, adams)) for c in group]
+        columns[f"s to {target:g}"] = lambda group: spread((s for s, _ in reach(group)), ".3g", "never")
+        columns["in Adam's steps"] = lambda group: spread((s / a for s, a in reach(group)), ".0f", "never")
+    columns["remarks"] = lambda group: _remarks(group, curves)
+    return columns
+
+
+def _remarks(group: list[Curve], curves: Sequence[Curve]) -> str:
+    """How many seeds diverged, and whether a better learning rate may lie outside of those tried."""
+    trial = group[0].trial
+    remarks = []
+    diverged = sum(curve.diverged_step is not None for curve in group)
+    if diverged:
+        remarks.append(f"{diverged} of {len(group)} diverged")
+    rates = {t.learning_rate for t in by_trial(curves) if t.method == trial.method}
+    if len(rates) > 1 and trial.learning_rate in (min(rates), max(rates)):
+        remarks.append("rate at end of grid")
+    return ", ".join(remarks)
+
+
+def spread(values: Iterable[float], spec: str, infinite: str = "inf") -> str:
+    """Median, and below it [least, most] where values differ; nan (unknown) is left out."""
+
+    def show(value: float) -> str:
+        return infinite if math.isinf(value) else format(value, spec)
+
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    if len(set(known)) == 1:
+        return show(known[0])
+    return f"{show(statistics.median(known))}\n[{show(min(known))}, {show(max(known))}]"

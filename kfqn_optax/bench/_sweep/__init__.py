@@ -1,0 +1,1 @@
+"""``python -m kfqn_optax.bench sweep``: one method with its defaults under many circumstances."""

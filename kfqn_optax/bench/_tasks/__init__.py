@@ -1,0 +1,1 @@
+"""The problems of ``suite``, ``profile`` and ``sweep``: one file for each family."""
