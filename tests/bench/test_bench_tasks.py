@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfqn_optax.bench import _library
 from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._problems import PROBLEMS
 from kfqn_optax.bench._suite.lane import Evaluator
@@ -131,9 +130,3 @@ def test_scanned_transformer_stacks_its_blocks():
     task = text.load_text(blocks=3, scanned=True)
     assert any(layer.copies == (3,) for layer in task.layers)
     assert task.train.shape == (text.TRAIN, text.LENGTH + 1)
-
-
-def test_marks_are_an_identity():
-    z = jnp.arange(3.0)
-    for distribution in ("bernoulli", "categorical", "normal", None):
-        np.testing.assert_array_equal(_library.mark(z, distribution), z)

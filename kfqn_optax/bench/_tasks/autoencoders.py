@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import kfqn_optax as kfqn
 from kfqn_optax.bench._datasets import Dataset
-from kfqn_optax.bench._library import mark
 from kfqn_optax.bench._models import Autoencoder, cross_entropy, l2_term
 from kfqn_optax.bench._problems import PROBLEMS, Problem
 from kfqn_optax.bench._tasks.folders import folder_of
@@ -41,7 +41,7 @@ def autoencoder_task(
 
     def reconstruction_loss(params: Any, images: jax.Array) -> jax.Array:
         outputs: Any = network.apply({"params": params}, input_scale * images)
-        outputs = mark(outputs.astype(jnp.float32), distribution)
+        outputs = kfqn.outputs(outputs.astype(jnp.float32), distribution)
         return problem.image_loss(outputs, images).mean()
 
     def loss(params, images, state):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kfqn_optax.bench._library import mark
+import kfqn_optax as kfqn
 from kfqn_optax.bench._mnist import SIDE, load_labelled_mnist
 from kfqn_optax.bench._models import Tree
 from kfqn_optax.bench._tasks.drawn_digits import draw_digits
@@ -100,7 +100,9 @@ def _halved(labelled: Labelled, count: int) -> Labelled:
 
 
 def _cross_entropy(logits: Any, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(mark(logits, "categorical"), labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        kfqn.outputs(logits, "categorical"), labels
+    ).mean()
 
 
 def _error_rate(logits: Any, labels: jax.Array) -> jax.Array:

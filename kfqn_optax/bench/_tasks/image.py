@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax.bench._library import mark
+import kfqn_optax as kfqn
 from kfqn_optax.bench._tasks.task import Task, linen_start
 
 HEIGHT, WIDTH = 112, 92
@@ -49,7 +49,7 @@ def load_image() -> Task:
     def error(params: Any, batch: Any) -> jax.Array:
         points, target = batch
         outputs: Any = model.apply({"params": params}, points)
-        return jnp.mean((mark(outputs, "normal") - target) ** 2)
+        return jnp.mean((kfqn.outputs(outputs, "normal") - target) ** 2)
 
     return Task(
         init=init,

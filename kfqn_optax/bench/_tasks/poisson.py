@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax.bench._library import mark
+import kfqn_optax as kfqn
 from kfqn_optax.bench._tasks.task import Task, linen_start
 
 POINTS = 1_000  # in the square, and as many on its boundary
@@ -41,8 +41,8 @@ def load_poisson() -> Task:
 
     def loss(params, batch, state):
         laplacian = jnp.trace(second_derivatives(params, batch["inside"]), axis1=1, axis2=2)
-        residual = mark(laplacian + source(batch["inside"]), "normal")
-        edge = mark(BOUNDARY_WEIGHT**0.5 * at(params, batch["edge"]), "normal")
+        residual = kfqn.outputs(laplacian + source(batch["inside"]), "normal")
+        edge = kfqn.outputs(BOUNDARY_WEIGHT**0.5 * at(params, batch["edge"]), "normal")
         return (jnp.mean(residual**2) + jnp.mean(edge**2)) / 2, state
 
     def forward(params, batch, state):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax.bench._library import mark
+import kfqn_optax as kfqn
 from kfqn_optax.bench._tasks.task import Task, linen_start
 
 INPUTS, TRAIN, TEST = 8, 4_000, 2_000
@@ -28,7 +28,7 @@ def load_regression() -> Task:
     def error(params: Any, batch: Any) -> jax.Array:
         inputs, expected = batch
         outputs: Any = model.apply({"params": params}, inputs)
-        return jnp.mean((mark(outputs[:, 0], "normal") - expected) ** 2)
+        return jnp.mean((kfqn.outputs(outputs[:, 0], "normal") - expected) ** 2)
 
     return Task(
         init=init,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kfqn_optax.bench._library import mark
+import kfqn_optax as kfqn
 from kfqn_optax.bench._models import Tree
 from kfqn_optax.bench._tasks.task import Task, linen_start
 
@@ -83,7 +83,7 @@ def load_text(blocks: int = BLOCKS, scanned: bool = False) -> Task:
 
     def cross_entropy(params: Tree, ids: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, ids[:, :-1])
-        logits = mark(logits, "categorical")
+        logits = kfqn.outputs(logits, "categorical")
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 
     return Task(
