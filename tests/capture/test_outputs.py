@@ -559,7 +559,7 @@ def test_arguments_that_do_not_count_examples(argnums, args, message):
         call()
 
 
-# ----------------------------------------------------------------------------------------------- other models
+# ---------------------------------------------------------------------------------------------- other models
 
 
 def test_weights_leave_padding_out(float64):
