@@ -30,7 +30,8 @@ def warm_start(
         them. Batches count equally, whatever their sizes.
 
     Returns:
-      ``opt_state`` with A set, in the layers whose input side keeps one. The first update then computes
+      ``opt_state`` with A set, in the layers whose input side starts with one (that of K-BFGS); as it is,
+      and without a pass, where there is none. The first update then computes
       H_a from it and, as in the paper, leaves its own batch out of A.
 
     Raises:
@@ -57,6 +58,8 @@ def warm_start(
             f" {value_and_grad!r}."
         )
 
+    if not _warmed(opt_state):
+        return opt_state
     moments_of = _moments_of_model if is_model(params) else _moments_of_arrays
     total, count = None, 0
     for batch in batches:

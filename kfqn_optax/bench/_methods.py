@@ -114,6 +114,6 @@ METHODS = {
     "adam": Method(_adam, {"curves": 3e-3, "mnist": 3e-3, "faces": 3e-4}),
     "kbfgs_l": Method(_kfqn("kbfgs_l"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}, 0.3),
     "kfqn": Method(_kfqn("kfqn"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}, 0.3),
-    "kfac": Method(_kfqn("kfac"), {"curves": 3.0, "mnist": 3.0, "faces": 1.0}),
+    "kfac": Method(_kfqn("kfac"), {"curves": 1.0, "mnist": 1.0, "faces": 1.0}),
 }
-COMPARED = ["kbfgs", "sgd", "adam"]  # unless the user names methods
+COMPARED = ["kfac", "kbfgs", "sgd", "adam"]  # unless the user names methods
