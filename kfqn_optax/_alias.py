@@ -37,6 +37,7 @@ def kbfgs(
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
     update_every: int = 1,
+    others_decay: float | None = 0.95,
     groups: int = 1,
     start: str = "identity",
     max_dim: int | None = None,
@@ -48,10 +49,11 @@ def kbfgs(
     For each layer with matrix W (kernel over bias) and averaged gradient M,
     W <- W - learning_rate nu H_a M H_g, where H_a follows the inverse of A + sqrt(damping) I, A the
     second moment of the layer's inputs, and H_g the inverse Hessian of the loss in its
-    pre-activations. All other parameters take the averaged gradient times nu.
+    pre-activations. All other parameters take nu M over the diagonal of the Gauss-Newton matrix plus
+    damping.
 
-    With ``damping=0.3, step_rule=None`` and :func:`warm_start` this is the algorithm of the paper
-    to the letter.
+    With ``damping=0.3, step_rule=None, others_decay=None`` and :func:`warm_start` this is the algorithm of
+    the paper to the letter.
 
     Args:
       learning_rate: a number or a schedule.
@@ -68,6 +70,8 @@ def kbfgs(
       weight_decay: decoupled weight decay, as in ``optax.adamw``.
       mask: which parameters are decayed, as in ``optax.add_decayed_weights``.
       update_every: make the second pass and update both factors every this many steps.
+      others_decay: rate of the diagonal factor of parameters that belong to no layer; None leaves them the
+        averaged gradient, as in the papers.
       groups: how many pairs H_g takes a step, one of each of as many equal parts of the batch; give
         ``value_and_grad`` the same number. The paper takes one, of the whole batch. H_g of limited
         memory keeps to one.
@@ -118,6 +122,7 @@ def kbfgs(
         step_rule=step_rule,
         momentum=momentum,
         update_every=update_every,
+        others_decay=others_decay,
         factor_dtype=factor_dtype,
         precision=precision,
     )
@@ -137,6 +142,7 @@ def kbfgs_l(
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
     update_every: int = 1,
+    others_decay: float | None = 0.95,
     max_dim: int | None = None,
     factor_dtype: Any = None,
     precision: str = "highest",
@@ -150,8 +156,8 @@ def kbfgs_l(
         is smaller and faster.
       limited_inputs: make H_a of limited memory too, with the minibatch action of :func:`kfqn`, so that
         no square factor is stored at all.
-      damping, step_rule, momentum, decay, mu1, weight_decay, mask, update_every, max_dim,
-        factor_dtype, precision: as for :func:`kbfgs`.
+      damping, step_rule, momentum, decay, mu1, weight_decay, mask, update_every, others_decay,
+        max_dim, factor_dtype, precision: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -185,6 +191,7 @@ def kbfgs_l(
         step_rule=step_rule,
         momentum=momentum,
         update_every=update_every,
+        others_decay=others_decay,
         factor_dtype=factor_dtype,
         precision=precision,
     )
@@ -202,6 +209,7 @@ def kfqn(
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
     update_every: int = 1,
+    others_decay: float | None = 0.95,
     groups: int = 1,
     start: str = "identity",
     max_dim: int | None = None,
@@ -218,8 +226,8 @@ def kfqn(
       learning_rate: a number or a schedule.
       layers: what :func:`find_layers` returned.
       damping: lambda > 0, without an upper limit here. A number or a schedule.
-      step_rule, momentum, decay, mu1, weight_decay, mask, update_every, groups, start, max_dim,
-        factor_dtype, precision: as for :func:`kbfgs`.
+      step_rule, momentum, decay, mu1, weight_decay, mask, update_every, others_decay, groups,
+        start, max_dim, factor_dtype, precision: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -248,6 +256,7 @@ def kfqn(
         step_rule=step_rule,
         momentum=momentum,
         update_every=update_every,
+        others_decay=others_decay,
         factor_dtype=factor_dtype,
         precision=precision,
     )
