@@ -299,7 +299,8 @@ def kfac(
       step_rule: :func:`quadratic`, or as for :func:`kbfgs`.
       momentum: rate of an average of gradients. 0 with the quadratic rule, which has a momentum of its own.
       decay: rate of the averages of A and G.
-      inverse_every: steps from one computation of the inverses to the next.
+      inverse_every: steps from one update of A and G and of their inverses to the next; the first three steps
+        make one each.
       statistics_rows: of how many examples A and G are taken in each step, the first ones of the batch, if
         ``value_and_grad`` has ``batch_argnums``; None for all.
       weight_decay: decoupled weight decay, as in ``optax.adamw``: multiplied by the learning rate, which is
@@ -338,7 +339,7 @@ def kfac(
     """
     limit = _limit(max_dim)
     moments = [lambda statistics: statistics.second_moment, lambda statistics: statistics.grad_moment]
-    of_inputs, of_grads = (fisher(moment, decay, inverse_every) for moment in moments)
+    of_inputs, of_grads = (fisher(moment, decay, inverse_every=1) for moment in moments)
     long_inputs, long_outputs = diagonal(decay), identity()
 
     def input_side(layer: Layer) -> Side:
@@ -358,6 +359,7 @@ def kfac(
         step_rule=step_rule,
         momentum=momentum,
         update_every=1,
+        learn_every=inverse_every,
         statistics_rows=statistics_rows,
         factor_dtype=factor_dtype,
         precision=precision,

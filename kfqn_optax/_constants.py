@@ -16,6 +16,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "directions": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "groups": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "inverse_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+    "learn_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "max_dim": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "memory": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
     "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),

@@ -66,6 +66,7 @@ class _Method(NamedTuple):
     damping: optax.ScalarOrSchedule
     momentum: float
     update_every: int
+    learn_every: int
     others_decay: float | None
     statistics_rows: int | None
     factor_dtype: Any
@@ -113,6 +114,7 @@ def scale_by_kfqn(
     momentum: float = 0.9,
     step_rule: StepRule | float | None = MEASURED,
     update_every: int = 1,
+    learn_every: int = 1,
     others_decay: float | None = 0.95,
     statistics_rows: int | None = None,
     factor_dtype: Any = None,
@@ -135,6 +137,8 @@ def scale_by_kfqn(
       step_rule: how far to go: :func:`measured` by default, :func:`quadratic`, a number for
         :func:`capped`, None for the papers' step, or a :class:`StepRule` of one's own.
       update_every: the second pass and both factor updates are made every this many steps.
+      learn_every: where no side makes a second pass, the sides see the first three batches and then one
+        in this many; the statistics of the others are not computed.
       others_decay: parameters that belong to no layer are divided by the diagonal of the Gauss-Newton
         matrix plus lambda, averaged at this rate; None leaves them their averaged gradient.
       statistics_rows: of how many examples sides like :func:`fisher` take their statistics, the first
@@ -165,6 +169,7 @@ def scale_by_kfqn(
       (2, 2)
     """
     check_constants(probe_step=probe_step, damping=damping, momentum=momentum, update_every=update_every)
+    check_constants(learn_every=learn_every)
     check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
@@ -177,6 +182,7 @@ def scale_by_kfqn(
         damping=damping,
         momentum=momentum,
         update_every=update_every,
+        learn_every=learn_every,
         others_decay=others_decay,
         statistics_rows=statistics_rows,
         factor_dtype=factor_dtype,
@@ -193,11 +199,9 @@ def scale_by_kfqn(
         step_length = _at(probe_step, state.count)
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates)
-        batch = _batch(method, present, curvature, sane)
+        sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
-            dampings = _split(method, present, state, batch, damping)
-            sides, rest = _observe(method, present, state, updates, batch, dampings, curvature, sane)
             direction = _precondition(present, method, sides, rest, average, damping)
             sane &= jnp.isfinite(inner(average, direction))
             direction = jax.tree.map(lambda d: jnp.where(sane, d, 0), direction)
@@ -262,6 +266,34 @@ def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
         share=jnp.ones([], jnp.float32),
         rejected=jnp.zeros([], jnp.int32),
     )
+
+
+def _learn(
+    method: _Method,
+    present: Layers,
+    state: ScaleByKfqnState,
+    grads: chex.ArrayTree,
+    curvature: Curvature,
+    damping: jax.Array,
+    sane: jax.Array,
+) -> tuple[_Sides, Any, _Batch | None, _Sides | None]:
+    """The sides after they saw the batch, if it is one that they are to see, and what they were shown."""
+
+    def look():
+        batch = _batch(method, present, curvature, sane)
+        with jax.default_matmul_precision(method.precision):
+            dampings = _split(method, present, state, batch, damping)
+            sides, rest = _observe(method, present, state, grads, batch, dampings, curvature, sane)
+        return sides, rest, batch, dampings
+
+    if method.second_pass or (isinstance(method.learn_every, int) and method.learn_every == 1):
+        return look()
+    due = (state.count < LEARN_AT_FIRST) | (state.count % method.learn_every == 0)
+    unseen = _Sides(state.inputs, state.outputs), state.others
+    return *jax.lax.cond(due, lambda: look()[:2], lambda: unseen), None, None
+
+
+LEARN_AT_FIRST = 3
 
 
 def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Array) -> _Batch:
@@ -392,8 +424,8 @@ def _second_pass(
     present: Layers,
     state: ScaleByKfqnState,
     sides: _Sides,
-    batch: _Batch,
-    dampings: _Sides,
+    batch: Any,
+    dampings: Any,
     curvature: Curvature,
     update: chex.ArrayTree,
 ) -> tuple[_Sides, jax.Array, jax.Array, jax.Array]:
