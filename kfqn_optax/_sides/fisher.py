@@ -65,7 +65,8 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         return state.factor @ x
 
     def averaged(state, old, new):
-        return ema(old, new, jnp.minimum(decay, 1 - 1 / (state.count + 1)).astype(old.dtype))
+        seen = (state.count + 1).astype(old.dtype)
+        return ema(old, new, jnp.minimum(decay, 1 - 1 / seen))
 
     def scale(state, statistics):
         """The mean diagonal element that S is about to have."""

@@ -51,11 +51,10 @@ def observe(
     """
     own = _others(layers, grads)
     drawn = None if sampled is None else _others(layers, sampled)
-    rate = jnp.minimum(decay, 1 - 1 / (state.count + 1))
     mean, second = {}, {}
     for name, g in own.items():
         square = jnp.square(g - state.mean[name]) * examples if drawn is None else jnp.square(drawn[name])
-        beta = rate.astype(g.dtype)
+        beta = jnp.minimum(decay, 1 - 1 / (state.count + 1).astype(g.dtype))
         mean[name] = jnp.where(good, ema(state.mean[name], g, beta), state.mean[name])
         usable = good & jnp.isfinite(square)
         second[name] = jnp.where(
