@@ -38,10 +38,10 @@ class ScaleByKfqnState(NamedTuple):
       outputs: for each layer name the state of its output side.
       others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
       rule: what the step rule keeps.
-      damping: the damping of the last step.
+      damping: the damping of the last step that was not left out for its batch.
       share: the part of the proposed step that was made in the last update.
-      rejected: how many steps were left out because a gradient, the direction, or the loss or statistics
-        after the step were not finite; their update was zero.
+      rejected: how many steps were left out because the loss, a gradient, the direction, or the loss or
+        statistics after the step were not finite; their update was zero.
     """
 
     count: jax.Array
@@ -198,7 +198,7 @@ def scale_by_kfqn(
         curvature = _check_curvature(curvature, present)
         step_length = _at(probe_step, state.count)
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
-        sane = all_finite(updates)
+        sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
@@ -224,6 +224,7 @@ def scale_by_kfqn(
             update=update,
         )
         share, rule_state = method.rule.review(rule_state, outcome)
+        rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
         accept = outcome.sane & (share > 0)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -231,8 +232,8 @@ def scale_by_kfqn(
             inputs=sides.inputs,
             outputs=sides.outputs,
             others=rest,
-            rule=jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule),
-            damping=jnp.asarray(damping, jnp.float32),
+            rule=select(sane, rule_state, state.rule),
+            damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
             rejected=state.rejected + ~accept,
         )
@@ -361,7 +362,7 @@ def _observe(
     """All sides, and what belongs to no layer, after they saw the batch and before the step."""
     inputs = each(present, method.inputs, "observe", state.inputs, batch.inputs, dampings.inputs)
     outputs = each(present, method.outputs, "observe", state.outputs, batch.outputs, dampings.outputs)
-    sides = _start(method, present, _Sides(inputs, outputs), dampings)
+    sides = _start(method, present, _Sides(inputs, outputs), dampings, sane)
     if not isinstance(state.others, others.OthersState):
         return sides, ()
     examples = curvature.examples
@@ -373,9 +374,8 @@ def _observe(
     return sides, rest
 
 
-def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides) -> _Sides:
+def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides, sane: jax.Array) -> _Sides:
     """Start the sides that can start now; rare, so all of it is under one condition."""
-
     of_inputs, of_outputs = (
         Layers(tuple(layer for layer in present if chosen[layer.name].matrix is not None), (), "")
         for chosen in (method.inputs, method.outputs)
@@ -396,7 +396,7 @@ def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides) ->
         each(of_outputs, method.outputs, "starting", sides.outputs),
     )
     due = jnp.stack([flag.any() for flag in jax.tree.leaves(waiting)]).any()
-    return jax.lax.cond(due, start, lambda sides: sides, sides)
+    return jax.lax.cond(due & sane, start, lambda sides: sides, sides)
 
 
 def _precondition(

@@ -58,9 +58,9 @@ def measured() -> StepRule:
 
     def review(state, outcome):
         made = share(outcome.value, outcome.value_after, outcome.slope, outcome.mean_slope)
-        known = outcome.known & outcome.sane
-        reach = jnp.where(known, state.cap * jnp.maximum(made, DECLINE), state.reach)
-        made = jnp.where(outcome.sane, jnp.where(outcome.known, made, 1), 0)
+        made = jnp.where(outcome.sane, made, 0)
+        reach = jnp.where(outcome.known, state.cap * jnp.maximum(made, DECLINE), state.reach)
+        made = jnp.where(outcome.known, made, outcome.sane)
         return made, MeasuredState(state.cap * made, jnp.asarray(reach, jnp.float32))
 
     return StepRule(init, propose, review, due=lambda state: jnp.asarray(True))

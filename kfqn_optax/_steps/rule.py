@@ -40,7 +40,8 @@ class Outcome(NamedTuple):
       known: whether it was asked for. ().
       slope: <g, -update>, by how much the loss falls along the step to first order. ().
       mean_slope: the same with the averaged gradient. ().
-      sane: whether gradient, direction and statistics are finite; the step is not made otherwise. ().
+      sane: whether loss, gradient, direction and the statistics after the step are finite; the step is not
+        made otherwise. ().
       update: the step proposed, what is added to the parameters if all of it is made; shaped like them.
     """
 
@@ -65,6 +66,8 @@ def _never(state: Any) -> jax.Array:
 
 class StepRule(NamedTuple):
     """How far a step goes; ``scale_by_kfqn`` calls the functions in this order in each update.
+
+    Where the loss of a batch, its gradient or its direction is not finite, the state stays as it was.
 
     Attributes:
       init: ``init(params) -> state``, a NamedTuple of arrays. Its scalars are shown by :func:`diagnostics`.
