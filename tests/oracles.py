@@ -19,6 +19,12 @@ def second_moment(rows):
     return sum(np.outer(a, a) for a in rows) / len(rows)
 
 
+def split_damping(damping, a, g):
+    """l_A and l_G: their product is the damping, their ratio that of the mean eigenvalues of A and G."""
+    pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g)))
+    return np.sqrt(damping) * pi, np.sqrt(damping) / pi
+
+
 def bfgs(h, s, y):
     """The textbook product form (I - rho s y^T) H (I - rho y s^T) + rho s s^T."""
     rho, identity = 1 / (s @ y), np.eye(len(s))

@@ -288,7 +288,7 @@ def test_flattened_parameters():
 BAD = {
     "learning_rate": ([-0.1, float("nan")], "at least 0"),
     "damping": ([0, 0.0, -0.3, float("nan"), np.float32(0), jnp.zeros(())], "positive"),
-    "step_rule": ([0, -1.0, float("nan")], "None for no constraint"),
+    "step_rule": ([0, -1.0, float("nan")], "None for the papers' step"),
     "momentum": ([1, 1.5, -0.1], "in [0, 1)"),
     "decay": ([1, -0.1], "in [0, 1)"),
     "mu1": ([0, 1, -0.5], "in (0, 1)"),

@@ -247,16 +247,20 @@ def test_kfac_is_natural_gradient_where_the_fisher_matrix_is_a_kronecker_product
 
     to_matrix = jax.vmap(lambda vector: matrix(vector).ravel())(jnp.eye(flat.size))  # orthogonal
     close(to_matrix.T @ dense @ to_matrix, np.kron(a, g))
-    damped = np.kron(a + root * np.eye(5), g + root * np.eye(3))
+    l_a, l_g = oracles.split_damping(root**2, a, g)
+    damped = np.kron(a + l_a * np.eye(5), g + l_g * np.eye(3))
     natural = np.linalg.solve(damped, np.vstack([grads["kernel"], grads["bias"]]).ravel())
     ours = matrix(jax.flatten_util.ravel_pytree(jax.tree.map(jnp.subtract, moved, params))[0])
     close(np.asarray(ours).ravel(), -learning_rate * natural)
 
 
 def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng):
-    """A and G of two layers by brute force over five batches; inverses at steps 1, 2, then 4, 6 ..."""
-    model = zoo.Mlp(param_dtype=jnp.float64)
-    batches = [(jnp.asarray(x), jnp.asarray(rng.integers(2, size=6))) for x in rng.normal(size=(5, 6, 4))]
+    """A and G of two layers by brute force over eight batches; they are seen at steps 1, 2, 3, then 5, 7 ...
+
+    The loss marks nothing, so that G is the covariance of the gradients.
+    """
+    model, damping = zoo.Mlp(param_dtype=jnp.float64), 0.04
+    batches = [(jnp.asarray(x), jnp.asarray(rng.integers(2, size=6))) for x in rng.normal(size=(8, 6, 4))]
     params = zoo.randomise(model.init(jax.random.key(0), batches[0][0]))["params"]
     layers = kfqn.find_layers(model, {"params": params}, batches[0][0])
 
@@ -271,17 +275,25 @@ def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng):
         )
 
     per_example = jax.vmap(jax.grad(output), in_axes=(None, None, 0, 0))
-    tx = kfqn.kfac(0.3, layers, damping=0.04, decay=0.8, inverse_every=2, step_rule=None)
+    tx = kfqn.kfac(0.3, layers, damping=damping, decay=0.8, inverse_every=2, step_rule=None)
     step = trainer(loss, layers, tx)
-    state, moments, inverses = tx.init(params), None, None
+    state, moments, inverses, seen = tx.init(params), None, None, 0
     for k, (x, labels) in enumerate(batches, start=1):
         hidden = jnp.tanh(x @ params["Dense_0"]["kernel"])
         grads = per_example([jnp.zeros(zoo.WIDTH), jnp.zeros(2)], params, x, labels)
-        rows = [x, jnp.hstack([hidden, jnp.ones((6, 1))]), *grads]
-        now = [np.asarray(row.T @ row) / 6 for row in rows]
-        moments = now if k == 1 else [0.8 * old + 0.2 * new for old, new in zip(moments, now, strict=True)]
-        if k <= 2 or k % 2 == 0:
-            inverses = [np.linalg.inv(moment + 0.2 * np.eye(len(moment))) for moment in moments]
+        centred = [grad - grad.mean(0, keepdims=True) for grad in grads]
+        rows = [x, jnp.hstack([hidden, jnp.ones((6, 1))]), *centred]
+        if k <= 3 or k % 2 == 1:
+            seen += 1
+            now, rate = [np.asarray(row.T @ row) / 6 for row in rows], min(0.8, 1 - 1 / seen)
+            moments = moments or now
+            moments = [rate * old + (1 - rate) * new for old, new in zip(moments, now, strict=True)]
+            of_layers = [oracles.split_damping(damping, moments[i], moments[i + 2]) for i in range(2)]
+            dampings = [of_layers[i][side] for side in range(2) for i in range(2)]
+            inverses = [
+                np.linalg.inv(moment + own * np.eye(len(moment)))
+                for moment, own in zip(moments, dampings, strict=True)
+            ]
         params, state, _, _ = step(params, state, x, labels)
         sides = [side[f"Dense_{i}"] for side in (state[0].inputs, state[0].outputs) for i in range(2)]
         for side, moment, inverse in zip(sides, moments, inverses, strict=True):
