@@ -195,7 +195,7 @@ def scale_by_kfqn(
     def update_fn(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
         present = layers_within(layers, updates, "kfqn: update")
-        curvature = _check_curvature(curvature, present)
+        curvature = _check_curvature(curvature, present).rotated(state.count)
         step_length = _at(probe_step, state.count)
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)

@@ -22,6 +22,7 @@ from kfqn_optax._capture.tap import SLOT
 from kfqn_optax._constants import check_constants
 
 PROBES = 8
+STRIDE = 257  # examples from the part of one step to that of the next
 
 
 class Curvature:
@@ -63,6 +64,18 @@ class Curvature:
         moved = self._moved(updates)
         value, statistics = self._batch.statistics(moved, vectors or {})
         return Curvature(value, moved, statistics, self._batch)
+
+    def rotated(self, count: jax.Array) -> "Curvature":
+        """The same curvature, with the first and last examples counted from another one for each ``count``.
+
+        So parts of a batch that is the same in every step are not always the same part.
+        """
+        examples = self.examples
+        if examples is None:
+            return self
+        offset = count % examples * STRIDE % examples
+        batch = dataclasses.replace(self._batch, offset=offset)
+        return Curvature(self.value, self.params, self.statistics, batch)
 
     @property
     def squared_norm(self) -> jax.Array:
@@ -365,6 +378,7 @@ class _Batch:
 
     owner: ValueAndGrad
     call: "_Call"
+    offset: jax.Array | None = None
 
     @property
     def layers(self) -> Layers:
@@ -439,7 +453,7 @@ class _Batch:
         return psi
 
     def _part(self, rows: int | None, last: bool) -> "_Call":
-        args = take(self.owner.batch_argnums, self.call.args, self.examples, rows, last)
+        args = take(self.owner.batch_argnums, self.call.args, self.examples, rows, last, self.offset)
         return self.call if args is self.call.args else self.call.with_args(args)
 
 

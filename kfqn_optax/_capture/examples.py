@@ -52,12 +52,22 @@ def check_rows(rows: int | None, call: str) -> None:
 
 
 def take(
-    argnums: tuple[int, ...], args: tuple[Any, ...], examples: int | None, rows: int | None, last: bool
+    argnums: tuple[int, ...],
+    args: tuple[Any, ...],
+    examples: int | None,
+    rows: int | None,
+    last: bool,
+    offset: jax.Array | None = None,
 ) -> tuple[Any, ...]:
-    """``args`` with ``rows`` examples only, the first or the last ones; all if there is no telling."""
+    """``args`` with ``rows`` examples only, the first or the last ones; all if there is no telling.
+
+    With an ``offset`` counting starts there, and goes on from the end to the beginning.
+    """
     if examples is None or rows is None or rows >= examples:
         return args
-    part = slice(examples - rows, None) if last else slice(rows)
+    part: Any = slice(examples - rows, None) if last else slice(rows)
+    if offset is not None:
+        part = (offset + jnp.arange(rows) - (rows if last else 0)) % examples
     taken = list(args)
     for number in argnums:
         taken[number - 1] = jax.tree.map(lambda leaf: leaf[part], args[number - 1])

@@ -42,7 +42,7 @@ def quadratic(
     *,
     every: int = 5,
     rate: float = 0.7,
-    floor: float = 0.02,
+    floor: float = 0.05,
     ceiling: float = 1e6,
     trust: float = 0.5,
     rows: int | None = 125,
