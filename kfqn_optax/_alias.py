@@ -405,6 +405,7 @@ def _secant_side(
     groups: int = 1,
     start: str = "identity",
 ) -> Callable[[Layer], Side]:
+    check_constants(groups=groups)
     limit = _limit(max_dim)
     short, long = (secant(f, rule, decay, mu1) for f in (factor, lbfgs(LONG_MEMORY)))
     if (groups, start) != (1, "identity"):

@@ -25,7 +25,7 @@ from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
 from kfqn_optax._steps.capped import as_rule
 from kfqn_optax._steps.measured import MEASURED
-from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, inner
+from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, inner, never
 
 
 class ScaleByKfqnState(NamedTuple):
@@ -137,8 +137,8 @@ def scale_by_kfqn(
       step_rule: how far to go: :func:`measured` by default, :func:`quadratic`, a number for
         :func:`capped`, None for the papers' step, or a :class:`StepRule` of one's own.
       update_every: the second pass and both factor updates are made every this many steps.
-      learn_every: where no side makes a second pass, the sides see the first three batches and then one
-        in this many; the statistics of the others are not computed.
+      learn_every: where no side makes a second pass, the sides see the batches of the first three steps
+        and then of one in this many; the statistics of the others are not computed.
       others_decay: parameters that belong to no layer are divided by the diagonal of the Gauss-Newton
         matrix plus lambda, averaged at this rate; None leaves them their averaged gradient.
       statistics_rows: of how many examples sides like :func:`fisher` take their statistics, the first
@@ -289,7 +289,8 @@ def _learn(
 
     if method.second_pass or (isinstance(method.learn_every, int) and method.learn_every == 1):
         return look()
-    due = (state.count < LEARN_AT_FIRST) | (state.count % method.learn_every == 0)
+    made = state.count - state.rejected
+    due = (made < LEARN_AT_FIRST) | (made % method.learn_every == 0)
     unseen = _Sides(state.inputs, state.outputs), state.others
     return *jax.lax.cond(due, lambda: look()[:2], lambda: unseen), None, None
 
@@ -368,9 +369,8 @@ def _observe(
     examples = curvature.examples
     if examples is None:
         examples = max_rows(present, batch.before)
-    rest = others.observe(
-        state.others, present, grads, batch.sampled, examples, sane, method.others_decay or 0.0
-    )
+    decay = 0.0 if method.others_decay is None else method.others_decay
+    rest = others.observe(state.others, present, grads, batch.sampled, examples, sane, decay)
     return sides, rest
 
 
@@ -457,8 +457,10 @@ def _second_pass(
         return _Sides(inputs, outputs), end.value, jnp.asarray(True), all_finite(measured)
 
     def pass_by(sides):
-        due = method.rule.due(state.rule)
         unknown = jnp.full_like(value_dtype, jnp.nan)
+        if method.rule.due is never:
+            return sides, unknown, jnp.asarray(False), jnp.asarray(True)
+        due = method.rule.due(state.rule)
         value = jax.lax.cond(due, lambda: curvature.value_at(update), lambda: unknown)
         return sides, value, due, jnp.asarray(True)
 

@@ -66,7 +66,7 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
 
     def averaged(state, old, new):
         seen = (state.count + 1).astype(old.dtype)
-        return ema(old, new, jnp.minimum(decay, 1 - 1 / seen))
+        return ema(old, new, jnp.minimum(decay, 1 - 1 / seen).astype(old.dtype))
 
     def scale(state, statistics):
         """The mean diagonal element that S is about to have."""

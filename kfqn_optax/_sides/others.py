@@ -53,8 +53,11 @@ def observe(
     drawn = None if sampled is None else _others(layers, sampled)
     mean, second = {}, {}
     for name, g in own.items():
-        square = jnp.square(g - state.mean[name]) * examples if drawn is None else jnp.square(drawn[name])
-        beta = jnp.minimum(decay, 1 - 1 / (state.count + 1).astype(g.dtype))
+        if drawn is None:
+            square = jnp.square(g - state.mean[name]) * jnp.asarray(examples, g.dtype)
+        else:
+            square = jnp.square(drawn[name])
+        beta = jnp.minimum(decay, 1 - 1 / (state.count + 1).astype(g.dtype)).astype(g.dtype)
         mean[name] = jnp.where(good, ema(state.mean[name], g, beta), state.mean[name])
         usable = good & jnp.isfinite(square)
         second[name] = jnp.where(

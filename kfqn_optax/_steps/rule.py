@@ -59,7 +59,8 @@ def _damping(state: Any, damping: jax.Array, curvature: Curvature) -> jax.Array:
     return damping
 
 
-def _never(state: Any) -> jax.Array:
+def never(state: Any) -> jax.Array:
+    """The loss at the end of a step need not be known."""
     del state
     return jnp.asarray(False)
 
@@ -98,7 +99,7 @@ class StepRule(NamedTuple):
     propose: Callable[[Any, Proposal], tuple[chex.ArrayTree, Any]]
     review: Callable[[Any, Outcome], tuple[chex.Numeric, Any]]
     damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
-    due: Callable[[Any], jax.Array] = _never
+    due: Callable[[Any], jax.Array] = never
 
 
 def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
