@@ -29,11 +29,20 @@ METHODS = {
     "kfqn": kfqn.kfqn,
     "kfac": functools.partial(kfqn.kfac, inverse_every=2),
 }
-VARIANTS = METHODS | {"kbfgs_l inputs": functools.partial(kfqn.kbfgs_l, memory=3, limited_inputs=True)}
+VARIANTS = METHODS | {
+    "kbfgs_l inputs": functools.partial(kfqn.kbfgs_l, memory=3, limited_inputs=True),
+    "kbfgs quadratic": functools.partial(kfqn.kbfgs, step_rule=kfqn.quadratic(rate=1.0), momentum=0.0),
+    "kfac measured": functools.partial(kfqn.kfac, step_rule=kfqn.measured(), momentum=0.9, damping=0.1),
+}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 every_variant = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS)
 
-STATIC = {"kbfgs_l": "memory"}  # what optax.inject_hyperparams must not trace
+STATIC = {  # what optax.inject_hyperparams must not trace
+    "kbfgs": "groups",
+    "kbfgs_l": "memory",
+    "kfqn": "groups",
+    "kfac": "statistics_rows",
+}
 
 IN, HIDDEN, OUT, ROWS = 3, 4, 2, 6
 LR = 0.1
@@ -169,7 +178,7 @@ def test_a_float32_model_has_a_float32_state_where_x64_is_on(method):
 @every_variant
 def test_a_float64_model_has_a_float64_state(method):
     state = find_state(check_state(method(LR, problem().layers), problem()))
-    assert dtypes((state.momentum, state.inputs, state.outputs)) == {"float64"}
+    assert dtypes((state.momentum, state.inputs, state.outputs, state.others)) == {"float64"}
 
 
 @every_method
@@ -184,7 +193,7 @@ def test_the_factors_have_the_dtype_asked_for(method):
     small = problem("float32")
     state = find_state(check_state(method(LR, small.layers, factor_dtype=jnp.float64), small, "float32"))
     assert dtypes((state.inputs, state.outputs)) == {"float64"}
-    assert dtypes(state.momentum) == {"float32"}
+    assert dtypes(state.momentum) == (set() if state.momentum == () else {"float32"})
 
 
 @every_method
@@ -287,18 +296,19 @@ def test_a_wrapped_method_keeps_its_state(method, wrapper):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inject_hyperparams_needs_no_static_arguments_but_lengths(name):
-    check_state(inject(METHODS[name], STATIC.get(name, ())), problem())
+    check_state(inject(METHODS[name], STATIC[name]), problem())
 
 
-def test_inject_hyperparams_without_a_static_length_tells_what_to_write():
-    tx = inject(METHODS["kbfgs_l"])
-    state = tx.init(problem().params)
-    with pytest.raises(ValueError, match='static_args="memory"'):
+@pytest.mark.parametrize("name", METHODS)
+def test_inject_hyperparams_without_a_static_length_tells_what_to_write(name):
+    tx = inject(METHODS[name])
+    with pytest.raises(ValueError, match=f'static_args="{STATIC[name]}"'):
+        state = tx.init(problem().params)
         jax.eval_shape(problem().step(tx), problem().params, state, batch(0))
 
 
 def test_clip_before_kbfgs_clips_what_it_sees():
-    tx = kfqn.kbfgs(LR, problem().layers, step_rule=None)
+    tx = kfqn.kbfgs(LR, problem().layers, step_rule=None, others_decay=None)
     _, _, plain = run(tx, steps=1)
     _, _, loose = run(optax.chain(optax.clip_by_global_norm(1e6), tx), steps=1)
     assert_close(loose, plain)
@@ -385,7 +395,8 @@ def test_inject_hyperparams_follows_its_schedules():
     """The probe and the step use the injected value of the same count."""
     schedule = lambda k: LR * 0.5**k
     layers = problem().layers
-    injected = optax.inject_hyperparams(kfqn.kbfgs)(learning_rate=schedule, layers=layers, damping=schedule)
+    factory = optax.inject_hyperparams(kfqn.kbfgs, static_args="groups")
+    injected = factory(learning_rate=schedule, layers=layers, damping=schedule)
     params, state, _ = run(injected)
     expected, plain, _ = run(kfqn.kbfgs(schedule, layers, damping=schedule))
     assert_close(params, expected)
@@ -394,7 +405,7 @@ def test_inject_hyperparams_follows_its_schedules():
 
 
 def test_an_injected_learning_rate_can_be_set_between_steps_without_a_new_trace():
-    tx = inject(kfqn.kbfgs)
+    tx = inject(kfqn.kbfgs, "groups")
     small, step, traces = problem(), problem().step(tx), []
 
     @quick_jit
@@ -485,15 +496,28 @@ def conds(jaxpr):
 @pytest.mark.parametrize("interval", [3, np.int32(3)], ids=["int", "array, as inject_hyperparams gives"])
 def test_between_refreshes_the_second_pass_is_not_run(interval):
     """One forward pass has one tanh: one is outside, the other in one branch of one condition."""
-    tx = kfqn.kbfgs(LR, problem().layers, update_every=interval)
-    state = jax.eval_shape(tx.init, problem().params)
-    jaxpr = jax.make_jaxpr(problem().step(tx))(problem().params, state, batch(0)).jaxpr
+    state, jaxpr = traced(kfqn.kbfgs(LR, problem().layers, update_every=interval, step_rule=None))
     assert count(jaxpr, "tanh", into_cond=False) == 1
     inside = [[count(b.jaxpr, "tanh") for b in cond.params["branches"]] for cond in conds(jaxpr)]
     assert sorted(map(sum, inside)) == [0, 1], "the start, and the refresh with the second pass"
-    every = kfqn.kbfgs(LR, problem().layers)
+    every = kfqn.kbfgs(LR, problem().layers, step_rule=None)
     jaxpr = jax.make_jaxpr(problem().step(every))(problem().params, state, batch(0)).jaxpr
     assert count(jaxpr, "tanh", into_cond=False) == 2
+
+
+def traced(tx):
+    state = jax.eval_shape(tx.init, problem().params)
+    return state, jax.make_jaxpr(problem().step(tx))(problem().params, state, batch(0)).jaxpr
+
+
+def test_between_refreshes_the_measured_rule_looks_at_the_loss_and_no_more():
+    """One forward pass, of two products: no gradient is taken."""
+    _, jaxpr = traced(kfqn.kbfgs(LR, problem().layers, update_every=3))
+    assert count(jaxpr, "tanh", into_cond=False) == 1
+    refresh = [b.jaxpr for cond in conds(jaxpr) for b in cond.params["branches"] if count(b.jaxpr, "tanh")]
+    between, second_pass = sorted(refresh, key=lambda branch: count(branch, "dot_general"))
+    assert [count(branch, "tanh") for branch in (between, second_pass)] == [1, 1]
+    assert count(between, "dot_general") == 2 < count(second_pass, "dot_general")
 
 
 @pytest.mark.parametrize("method", [METHODS["kbfgs"], METHODS["kfqn"]], ids=["kbfgs", "kfqn"])
@@ -609,7 +633,8 @@ def test_diagnostics_under_jit_and_through_nested_states(method):
         optax.identity(), optax.apply_if_finite(WRAPPERS["two groups"](method(LR, problem().layers)), 1)
     )
     report = jax.eval_shape(lambda params: kfqn.diagnostics(tx.init(params)), problem().params)
-    assert sorted(report) == ["share", "count", "layers", "rejected"]
+    assert sorted(report) == ["count", "damping", "layers", "rejected", "rule", "share"]
+    assert all(number.shape == () for number in report["rule"].values())
     for side in (side for layer in report["layers"].values() for side in layer.values()):
         assert {key: value.shape for key, value in side.items()} == dict.fromkeys(
             ("taken", "damped", "skipped", "ratio", "norm"), ()
@@ -622,7 +647,9 @@ def test_diagnostics_tell_what_happened():
     ours = find_state(state)
     assert report["count"] == 3
     assert report["rejected"] == 0
-    assert 0 < report["share"] < 1
+    assert report["share"] == 1
+    assert 0 < report["rule"]["cap"] < 1
+    np.testing.assert_allclose(report["damping"], 0.1)
     for name, layer in report["layers"].items():
         for side, kept in (("input", ours.inputs[name]), ("output", ours.outputs[name])):
             assert layer[side]["taken"] + layer[side]["skipped"] == 3
@@ -639,7 +666,7 @@ def test_warm_start_finds_the_state_wherever_it_is():
         "chain": (optax.chain(optax.clip(1.0), optax.chain(tx)), 4),
         "partition": (WRAPPERS["partition"](tx), 4),
         "masked bias": (optax.masked(tx, WITHOUT_BIAS), 3),
-        "inject": (inject(kfqn.kbfgs), 4),
+        "inject": (inject(kfqn.kbfgs, "groups"), 4),
     }
     for wrapper, dim in wrapped.values():
         state = wrapper.init(problem().params)

@@ -255,7 +255,7 @@ def test_kfac_is_natural_gradient_where_the_fisher_matrix_is_a_kronecker_product
 
 
 def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng):
-    """A and G of two layers by brute force over eight batches; they are seen at steps 1, 2, 3, then 5, 7 ...
+    """A and G of two layers by brute force over eight batches, seen at steps 1, 2, 3, then 5, 7 ...
 
     The loss marks nothing, so that G is the covariance of the gradients.
     """
