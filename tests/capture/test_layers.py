@@ -508,7 +508,7 @@ def test_a_layer_without_a_rule_takes_the_momentum_gradient(name):
     params = zoo.randomise(variables)["params"]
     layers = kfqn.find_layers(model, variables, x)
     loss = lambda params: zoo.loss_of(model.apply({"params": params}, x))
-    tx = kfqn.kbfgs(0.1, layers, step_rule=None)
+    tx = kfqn.kbfgs(0.1, layers, step_rule=None, others_decay=None)
 
     @quick_jit
     def step(params):

@@ -1016,7 +1016,7 @@ def test_what_has_no_rule_is_listed_and_takes_the_momentum_gradient(name):
     assert reason.split()[0] in str(layers)
     with pytest.raises(ValueError, match="strict=True"):
         kfqn.find_layers(model, x, strict=True)
-    tx = kfqn.kbfgs(0.1, layers, step_rule=None)
+    tx = kfqn.kbfgs(0.1, layers, step_rule=None, others_decay=None)
     value_and_grad = kfqn.value_and_grad(loss_of_call, layers)
 
     def train(model, x):

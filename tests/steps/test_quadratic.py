@@ -1,11 +1,17 @@
 """The quadratic rule: its coefficients against NumPy, its damping, and training with every kind of side."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import kfqn_optax as kfqn
 from kfqn_optax._steps.quadratic import minimum, shortened
+from kfqn_optax.bench._quick import quick_jit
 
 
 def model_value(matrix, slopes, c):
@@ -56,3 +62,103 @@ def test_a_step_along_which_the_loss_rose_ends_at_the_parabolas_minimum():
     assert shortened(jnp.float32(1.0), jnp.float32(jnp.inf)) == 0
     assert shortened(jnp.float32(-1.0), jnp.float32(1.0)) == 0
     assert shortened(jnp.float32(1.0), jnp.float32(0.0)) == 0.5
+
+
+# In training
+
+ROWS, IN = 24, 6
+
+
+def batch(seed, dtype="float32"):
+    x = np.random.default_rng(seed).normal(size=(ROWS, IN))
+    return jnp.asarray(x, dtype), jnp.asarray(np.abs(x[:, :3]).argmax(1))
+
+
+def compiled(scale, dtype):
+    """A train step of kfac with the quadratic rule, the parameters and the state that it starts from."""
+    model = nn.Sequential([nn.Dense(5, param_dtype=dtype), nn.tanh, nn.Dense(3, param_dtype=dtype)])
+    x, _ = batch(0, dtype)
+    params = quick_jit(model.init)(jax.random.key(1), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+    tx = kfqn.kfac(1.0, layers)
+
+    def loss_fn(params, x, labels):
+        z = kfqn.outputs(model.apply({"params": params}, x), "categorical")
+        return scale * optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=(1, 2))
+
+    @quick_jit
+    def step(params, state, x, labels):
+        loss, grads, curvature = value_and_grad(params, x, labels)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step, params, tx.init(params)
+
+
+compiled_once = functools.cache(compiled)
+
+
+class Training:
+    def __init__(self, start=None):
+        self.train_step, self.params, self.state = start or compiled_once(1.0, "float32")
+
+    def step(self, x, labels):
+        self.params, self.state, loss = self.train_step(self.params, self.state, x, labels)
+        return float(loss)
+
+    @property
+    def ours(self):
+        return self.state[0]
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-3])
+def test_a_factor_of_the_loss_changes_no_step(scale, monkeypatch):
+    """Where the same labels are drawn: otherwise they depend on the bits of loss and outputs."""
+    for module in ("curvature", "outputs"):
+        monkeypatch.setattr(f"kfqn_optax._capture.{module}.bits_of", lambda array: 0)
+    with jax.enable_x64(True):
+        plain, scaled = (Training(compiled(factor, "float64")) for factor in (1.0, scale))
+        for k in range(8):
+            before = plain.params
+            loss, scaled_loss = (training.step(*batch(k, "float64")) for training in (plain, scaled))
+            np.testing.assert_allclose(scaled_loss, scale * loss, rtol=1e-4)
+            moved, expected = (
+                jax.tree.map(jnp.subtract, after.params, before) for after in (scaled, plain)
+            )
+            for ours, theirs in zip(*map(jax.tree.leaves, (moved, expected)), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+        np.testing.assert_allclose(scaled.ours.rule.scale, plain.ours.rule.scale, rtol=1e-6)
+        np.testing.assert_allclose(scaled.ours.damping, scale * plain.ours.damping, rtol=1e-4)
+    assert plain.ours.rule.mu != 0
+
+
+@pytest.mark.parametrize("when", [0, 2, 7], ids=lambda k: f"after {k}")
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_batch_that_is_not_finite_leaves_everything_but_the_counts(value, when):
+    training = Training()
+    for k in range(when):
+        training.step(*batch(k))
+    params, before = training.params, training.ours
+    x, labels = batch(50)
+    training.step(x.at[1, 1].set(value), labels)
+    after = training.ours
+    assert (after.count, after.rejected, after.share) == (when + 1, 1, 0)
+    counts = dict(count=before.count, rejected=before.rejected, share=before.share)
+    jax.tree.map(np.testing.assert_array_equal, after._replace(**counts), before)
+    jax.tree.map(np.testing.assert_array_equal, training.params, params)
+    losses = [training.step(*batch(0)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_an_outlier_among_the_inputs_does_not_make_the_loss_explode():
+    training = Training()
+    for k in range(15):
+        training.step(*batch(k))
+    before = training.step(*batch(100))
+    x, labels = batch(50)
+    training.step(x.at[1, 1].set(1e6), labels)
+    losses = [training.step(*batch(100 + k)) for k in range(20)]
+    assert np.isfinite(losses).all()
+    assert max(losses) < 2 * before
