@@ -458,7 +458,7 @@ def _second_pass(
 
     def pass_by(sides):
         unknown = jnp.full_like(value_dtype, jnp.nan)
-        if method.rule.due is never:
+        if method.second_pass or method.rule.due is never:
             return sides, unknown, jnp.asarray(False), jnp.asarray(True)
         due = method.rule.due(state.rule)
         value = jax.lax.cond(due, lambda: curvature.value_at(update), lambda: unknown)

@@ -115,7 +115,7 @@ class Curvature:
           ValueError: for no directions, or ones of another shape than the parameters.
           TypeError: where the loss has a ``jax.custom_vjp``, which has no forward mode.
 
-        Source: Martens, Grosse 2015, section 7; ALGORITHM.md, section 8.
+        Source: Martens, Grosse 2015, section 7.
         """
         check_rows(rows, "curvature.forms")
         if not isinstance(directions, (list, tuple)) or not directions:
