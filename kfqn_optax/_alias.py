@@ -337,6 +337,7 @@ def kfac(
 
     Source: Martens, Grosse 2015, arXiv 1503.05671; Grosse, Martens 2016, arXiv 1602.01407 for convolutions.
     """
+    check_constants(inverse_every=inverse_every)
     limit = _limit(max_dim)
     moments = [lambda statistics: statistics.second_moment, lambda statistics: statistics.grad_moment]
     of_inputs, of_grads = (fisher(moment, decay, inverse_every=1) for moment in moments)
