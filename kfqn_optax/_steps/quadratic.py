@@ -114,9 +114,11 @@ def quadratic(
         slope = a * c @ slopes
         predicted = slope + 0.5 * a**2 * c @ matrix @ c
         # The slope is known of the whole batch, what bends the loss along the step of these rows.
-        bend = curvature.value_at(update, rows=rows) - forms.value - a * c @ forms.slopes
+        value_after = curvature.value_at(update, rows=rows)
+        bend = value_after - forms.value - a * c @ forms.slopes
         change = slope + bend
-        rose = ~(change <= 0)
+        rounding = 4 * jnp.finfo(value_after.dtype).eps * (jnp.abs(forms.value) + jnp.abs(value_after))
+        rose = ~(change <= rounding)
         share = jnp.where(rose, shortened(-slope, change), 1)
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
