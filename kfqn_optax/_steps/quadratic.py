@@ -118,7 +118,7 @@ def quadratic(
         bend = value_after - forms.value - a * c @ forms.slopes
         change = slope + bend
         rounding = 4 * jnp.finfo(value_after.dtype).eps * (jnp.abs(forms.value) + jnp.abs(value_after))
-        rose = ~(change <= rounding)
+        rose = ~(jnp.isfinite(change) & (change <= rounding))
         share = jnp.where(rose, shortened(-slope, change), 1)
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
