@@ -70,8 +70,9 @@ def inverses(tree: Any) -> Any:
         grown = []
         for i in members:
             stack, dim = leaves[i].shape[:-2], leaves[i].shape[-1]
-            identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (*stack, size, size))
-            grown.append(identity.at[..., :dim, :dim].set(leaves[i]).reshape(-1, size, size))
+            margin = [(0, 0)] * len(stack) + [(0, size - dim)] * 2
+            added = jnp.diag(jnp.arange(size) >= dim).astype(dtype)
+            grown.append((jnp.pad(leaves[i], margin) + added).reshape(-1, size, size))
         together = jax.vmap(inverse)(jnp.concatenate(grown))
         start = 0
         for i in members:

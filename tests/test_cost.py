@@ -268,11 +268,11 @@ def marked(rows, distribution="normal", model=None):
 
 
 def forms_flops(small, rows):
-    def forms(params, other, x):
+    def forms(params, one, other, x):
         _, _, curvature = small.value_and_grad(params, x)
-        return curvature.forms([params, other], rows=rows)
+        return curvature.forms([one, other], rows=rows)
 
-    return flops(forms, small.params, small.params, small.x)
+    return flops(forms, small.params, small.params, small.params, small.x)
 
 
 def test_forms_of_two_directions_on_an_eighth_of_the_rows():

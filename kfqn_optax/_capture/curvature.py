@@ -16,7 +16,7 @@ from kfqn_optax._capture.linen import tapping
 from kfqn_optax._capture.nnx import ModelCall, as_arrays, copier, is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
 from kfqn_optax._capture.outputs import as_key, bits_of, finding, gauss_newton, sampling
-from kfqn_optax._capture.quadratic import Forms, forms_of
+from kfqn_optax._capture.quadratic import Forms, forms_of, has_loop
 from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
 from kfqn_optax._capture.tap import SLOT
 from kfqn_optax._constants import check_constants
@@ -123,10 +123,10 @@ class Curvature:
                 f"curvature.forms: directions is a {type(directions).__name__}, or empty. Give a list of"
                 " trees shaped like the parameters, one tree at least."
             )
-        marked = bool(self._batch.distributions)
+        stacked = self._batch.looped and bool(self._batch.distributions)
         try:
             with gauss_newton():
-                return forms_of(self._batch.loss(rows), self.params, directions, marked)
+                return forms_of(self._batch.loss(rows), self.params, directions, stacked)
         except (TypeError, NotImplementedError) as error:
             if _is_forward_mode(error):
                 error.add_note(_FORMS_NOTE)
@@ -388,13 +388,23 @@ class _Batch:
     def examples(self) -> int | None:
         return count_examples(self.owner.batch_argnums, self.call.args)
 
-    @functools.cached_property
+    @property
     def distributions(self) -> list[str | None]:
-        """What the marks of the loss name. The loss is traced for it, and not run."""
+        """What the marks of the loss name."""
+        return self._traced[0]
+
+    @property
+    def looped(self) -> bool:
+        """Whether there is a loop in the loss."""
+        return self._traced[1]
+
+    @functools.cached_property
+    def _traced(self) -> tuple[list[str | None], bool]:
+        """The loss is traced for it, and not run."""
         loss = lambda: self.call.value(self.owner.loss_fn, self.call.params, self.owner.has_aux)
         with finding() as met:
-            jax.eval_shape(loss)
-        return met
+            program = jax.make_jaxpr(loss)()
+        return met, has_loop(program)
 
     def loss(self, rows: int | None) -> Callable[[chex.ArrayTree], jax.Array]:
         """The loss of the last examples as a function of the parameters."""

@@ -30,13 +30,13 @@ def forms_of(
     loss: Callable[[chex.ArrayTree], jax.Array],
     params: chex.ArrayTree,
     directions: Sequence[Any],
-    marked: bool,
+    stacked: bool,
 ) -> Forms:
     """The forms of ``loss`` at ``params``; parameters masked in all directions stay constants.
 
-    ``marked`` chooses the program. XLA merges what pairs of directions have in common, but not in the loops
-    of ``scan``; stacked directions share it there too. Without a mark they cost more elsewhere: the upper
-    triangle is then not left out.
+    ``stacked`` chooses the program. XLA merges what pairs of directions have in common, but not in loops;
+    stacked directions share it there too. Elsewhere they cost more: their copies, and without a mark the
+    upper triangle.
     """
     leaves, structure = jax.tree.flatten(params)
     tangents = [_tangents(params, direction) for direction in directions]
@@ -51,7 +51,22 @@ def forms_of(
 
     start = [jnp.asarray(leaves[i]) for i in moving]
     moves = [[_filled(own[i], leaves[i]) for i in moving] for own in tangents]
-    return (_stacked if marked else _in_pairs)(along, start, moves)
+    return (_stacked if stacked else _in_pairs)(along, start, moves)
+
+
+def has_loop(jaxpr: Any) -> bool:
+    """Whether a program, a ``Jaxpr`` or a closed one, runs something more than once."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name in ("scan", "while"):
+            return True
+        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
+        if any(_is_program(value) and has_loop(value) for value in inner):
+            return True
+    return False
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns")
 
 
 def _stacked(

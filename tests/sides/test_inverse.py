@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfqn_optax._sides.inverse import by_cholesky, by_elimination, inverse
+from kfqn_optax._sides.inverse import by_cholesky, by_elimination, by_halves, inverse
 
-WAYS = [by_cholesky, by_elimination, inverse]
+WAYS = [by_cholesky, by_elimination, by_halves, inverse]
 every_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 
 
@@ -17,7 +17,7 @@ def positive_definite(dim, smallest=1e-2):
 
 
 @every_way
-@pytest.mark.parametrize("dim", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("dim", [1, 2, 63, 64, 65, 200, 300, 513])
 def test_the_inverse_in_double_precision(way, dim):
     matrix = positive_definite(dim)
     with jax.enable_x64(True):
@@ -39,7 +39,7 @@ def test_single_precision_loses_no_more_than_the_condition_of_the_matrix(way):
 
 
 @every_way
-@pytest.mark.parametrize("dim", [3, 70])
+@pytest.mark.parametrize("dim", [3, 70, 300])
 def test_a_matrix_that_is_not_positive_definite_has_none(way, dim):
     matrix = positive_definite(dim)
     matrix[-1, -1] = -1.0
@@ -47,7 +47,7 @@ def test_a_matrix_that_is_not_positive_definite_has_none(way, dim):
     assert not np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("way", [by_elimination, inverse], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("way", [by_halves, inverse], ids=lambda way: way.__name__)
 def test_stacked_matrices(way):
     matrices = np.stack([positive_definite(40), 3 * positive_definite(40)])
     got = jax.jit(jax.vmap(way))(jnp.asarray(matrices, jnp.float32))
