@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -21,7 +22,35 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
     Both survive a sum, which is one pass over each leaf. (So does an overflow of the sum itself, at
     numbers no use could be made of.)
     """
-    return jnp.isfinite(sum((leaf.sum() for leaf in jax.tree.leaves(tree)), start=jnp.zeros([])))
+    (leaves,) = pooled(tree)
+    return jnp.isfinite(sum((leaf.sum() for leaf in leaves), start=jnp.zeros([])))
+
+
+def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+    """<a, b> over all leaves of two trees of the same shapes."""
+    pairs = zip(*pooled(a, b), strict=True)
+    return sum((jnp.vdot(x, y).real for x, y in pairs), start=jnp.zeros([]))
+
+
+def pooled(*trees: chex.ArrayTree) -> list[list[jax.Array]]:
+    """For each of these trees of the same shapes its leaves, the small ones joined to one vector.
+
+    Sums over a whole tree then compile, and run, as few kernels.
+    """
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    pools: dict[Any, list[int]] = {}
+    for i, same in enumerate(zip(*leaves, strict=True)):
+        pool = i if same[0].size > POOLED else tuple(leaf.dtype for leaf in same)
+        pools.setdefault(pool, []).append(i)
+
+    def join(own):
+        parts = ([own[i].ravel() for i in members] for members in pools.values())
+        return [part[0] if len(part) == 1 else jnp.concatenate(part) for part in parts]
+
+    return [join(own) for own in leaves]
+
+
+POOLED = 2**18
 
 
 def select(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTree):

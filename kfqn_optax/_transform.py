@@ -19,13 +19,13 @@ from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.layers import Layer, Layers, get_matrices, layers_within, set_matrices
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import all_finite, ema, safe_divide, select
+from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select
 from kfqn_optax._over_layers import copied, each, inverses
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
 from kfqn_optax._steps.capped import as_rule
 from kfqn_optax._steps.measured import MEASURED
-from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, inner, never
+from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, never
 
 
 class ScaleByKfqnState(NamedTuple):
@@ -204,7 +204,6 @@ def scale_by_kfqn(
             average = _average(method, state, updates, sane)
             direction = _precondition(present, method, sides, rest, average, damping)
             sane &= jnp.isfinite(inner(average, direction))
-            direction = jax.tree.map(lambda d: jnp.where(sane, d, 0), direction)
         proposal = Proposal(updates, average, direction, step_length, damping, curvature)
         with jax.default_matmul_precision(precision):
             step, rule_state = method.rule.propose(state.rule, proposal)
@@ -319,9 +318,9 @@ def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Arr
 
 
 def _average(method: _Method, state: ScaleByKfqnState, grads: chex.ArrayTree, sane: jax.Array):
-    """M, which forgets a gradient that is not finite."""
+    """M; with momentum, without a gradient that is not finite."""
     if method.without_momentum:
-        return jax.tree.map(lambda g: jnp.where(sane, g, 0).astype(_wide(g)), grads)
+        return jax.tree.map(lambda g: g.astype(_wide(g)), grads)
     average = jax.tree.map(lambda m, g: ema(m, g, method.momentum), state.momentum, grads)
     return select(sane, average, state.momentum)
 

@@ -20,6 +20,7 @@ from kfqn_optax._capture.quadratic import Forms, forms_of, has_loop
 from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
 from kfqn_optax._capture.tap import SLOT
 from kfqn_optax._constants import check_constants
+from kfqn_optax._numerics import inner
 
 PROBES = 8
 STRIDE = 257  # examples from the part of one step to that of the next
@@ -80,8 +81,8 @@ class Curvature:
     @property
     def squared_norm(self) -> jax.Array:
         """The sum of squares of all parameters, in float32 or wider."""
-        squares = [jnp.square(p.astype(_wide(p))).sum() for p in jax.tree.leaves(as_arrays(self.params))]
-        return sum(squares, start=jnp.zeros([]))
+        wide = [p.astype(_wide(p)) for p in jax.tree.leaves(as_arrays(self.params))]
+        return inner(wide, wide)
 
     def value_at(self, updates: chex.ArrayTree, rows: int | None = None) -> jax.Array:
         """The loss at ``params + updates``, of the same batch with the same keys: one forward pass.
@@ -180,16 +181,10 @@ class Curvature:
 
         With the parameters as they are, rounded to their dtype; without those masked in ``grads``.
         """
-        products = jax.tree.map(
-            lambda g, p, q: (
-                jnp.zeros([]) if is_masked(g) else jnp.vdot(g, jnp.asarray(p - q, g.dtype)).real
-            ),
-            as_arrays(grads),
-            as_arrays(self.params),
-            as_arrays(self._moved(updates)),
-            is_leaf=is_masked,
-        )
-        return sum(jax.tree.leaves(products), start=jnp.zeros([]))
+        trees = (as_arrays(tree) for tree in (grads, self.params, self._moved(updates)))
+        leaves = zip(*(jax.tree.leaves(tree, is_leaf=is_masked) for tree in trees), strict=True)
+        own = [(g, jnp.asarray(p - q, g.dtype)) for g, p, q in leaves if not is_masked(g)]
+        return inner([g for g, _ in own], [moved for _, moved in own])
 
     def _moved(self, updates: chex.ArrayTree) -> chex.ArrayTree:
         moved = jax.tree.map(

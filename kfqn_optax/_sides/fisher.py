@@ -24,7 +24,7 @@ class FisherState(NamedTuple):
       second_moment: moving average of A, or of G. (d, d).
       factor: the inverse of it plus damping, as of the last time it was computed. (d, d).
       count: batches seen.
-      pairs: none are taken; ``skipped`` counts the inverses that were not finite.
+      pairs: none are taken; ``skipped`` counts the inverses that were not finite or not positive.
     """
 
     second_moment: jax.Array
@@ -77,9 +77,10 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         return jnp.where(good, averaged(state, old, moment), old)
 
     def observe(state, statistics, damping):
+        """A second moment with a bad element has one in that row's diagonal too."""
         del damping
         moment = _moment(moment_of, statistics)
-        good = (statistics.rows > 0) & all_finite(moment)
+        good = (statistics.rows > 0) & all_finite(jnp.diagonal(moment))
         average = averaged(state, state.second_moment, moment)
         return state._replace(
             second_moment=jnp.where(good, average, state.second_moment), count=state.count + good
@@ -94,10 +95,11 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         return add_diagonal(state.second_moment, jnp.maximum(damping, floor))
 
     def start(state, inverse):
-        due, finite = starting(state), all_finite(inverse)
-        counts = state.pairs.counts.at[2].add((due & ~finite).astype(jnp.int32))
+        diagonal = jnp.diagonal(inverse)
+        due, usable = starting(state), all_finite(diagonal) & (diagonal > 0).all()
+        counts = state.pairs.counts.at[2].add((due & ~usable).astype(jnp.int32))
         return state._replace(
-            factor=jnp.where(due & finite, inverse, state.factor),
+            factor=jnp.where(due & usable, inverse, state.factor),
             pairs=state.pairs._replace(counts=counts),
         )
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import safe_divide
-from kfqn_optax._steps.rule import StepRule, inner
+from kfqn_optax._numerics import inner, safe_divide
+from kfqn_optax._steps.rule import StepRule
 
 
 class CappedState(NamedTuple):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import ema, safe_divide
-from kfqn_optax._steps.rule import StepRule, inner
+from kfqn_optax._numerics import ema, inner, safe_divide
+from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR = 0.75, 0.25
 FORGET = 0.9
@@ -100,15 +100,17 @@ def quadratic(
 
     def propose(state, proposal):
         curvature = proposal.curvature
-        directions = [jax.tree.map(jnp.negative, proposal.direction), state.last]
+        directions = [proposal.direction, state.last]
         forms = curvature.forms(directions, rows=rows)
-        gram = jnp.stack([jnp.stack([inner(u, v) for v in directions]) for u in directions])
+        across = inner(*directions)
+        first, second = (inner(u, u) for u in directions)
+        gram = jnp.array([[first, across], [across, second]])
         matrix = forms.matrix + proposal.damping * gram
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
         a, c = proposal.learning_rate, minimum(matrix, slopes)
         longest, length = trust * jnp.sqrt(curvature.squared_norm), jnp.sqrt(c @ gram @ c)
         c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
-        step = jax.tree.map(lambda u, v: (-c[0] * u - c[1] * v).astype(u.dtype), *directions)
+        step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
         update = jax.tree.map(lambda x: (-a * x).astype(x.dtype), step)
         slope = a * c @ slopes
@@ -130,7 +132,7 @@ def quadratic(
             count=state.count + 1,
             scale=jnp.where(look, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
             level=level_of(state, curvature),
-            alpha=c[0],
+            alpha=-c[0],
             mu=c[1],
             share=share,
             ratio=ratio,

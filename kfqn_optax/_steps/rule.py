@@ -100,9 +100,3 @@ class StepRule(NamedTuple):
     review: Callable[[Any, Outcome], tuple[chex.Numeric, Any]]
     damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
     due: Callable[[Any], jax.Array] = never
-
-
-def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
-    """<a, b> over all leaves."""
-    products = jax.tree.map(lambda x, y: jnp.vdot(x, y).real, a, b)
-    return sum(jax.tree.leaves(products), start=jnp.zeros([]))
