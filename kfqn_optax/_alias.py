@@ -269,8 +269,8 @@ def kfac(
     damping: optax.ScalarOrSchedule = 1.0,
     step_rule: StepRule | float | None = QUADRATIC,
     momentum: float = 0.0,
-    decay: float = 0.9,
-    inverse_every: int = 3,
+    decay: float = 0.85,
+    inverse_every: int = 4,
     statistics_rows: int | None = 250,
     weight_decay: float = 0.0,
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
@@ -299,10 +299,10 @@ def kfac(
       step_rule: :func:`quadratic`, or as for :func:`kbfgs`.
       momentum: rate of an average of gradients. 0 with the quadratic rule, which has a momentum of its own.
       decay: rate of the averages of A and G.
-      inverse_every: steps from one update of A and G and of their inverses to the next; the first three
-        steps make one each.
-      statistics_rows: of how many examples A and G are taken in each step, the first ones of the batch, if
-        ``value_and_grad`` has ``batch_argnums``; None for all.
+      inverse_every: steps from one update of A and G and of their inverses to the next; the first 30
+        steps, in which they change most, make one each.
+      statistics_rows: of how many examples A and G are taken in such a step, the first ones of the batch,
+        if ``value_and_grad`` has ``batch_argnums``; None for all.
       weight_decay: decoupled weight decay, as in ``optax.adamw``: multiplied by the learning rate, which is
         a thousand times Adam's here.
       mask, factor_dtype, precision: as for :func:`kbfgs`.

@@ -137,7 +137,7 @@ def scale_by_kfqn(
       step_rule: how far to go: :func:`measured` by default, :func:`quadratic`, a number for
         :func:`capped`, None for the papers' step, or a :class:`StepRule` of one's own.
       update_every: the second pass and both factor updates are made every this many steps.
-      learn_every: where no side makes a second pass, the sides see the batches of the first three steps
+      learn_every: where no side makes a second pass, the sides see the batches of the first 30 steps
         and then of one in this many; the statistics of the others are not computed.
       others_decay: parameters that belong to no layer are divided by the diagonal of the Gauss-Newton
         matrix plus lambda, averaged at this rate; None leaves them their averaged gradient.
@@ -294,7 +294,7 @@ def _learn(
     return *jax.lax.cond(due, lambda: look()[:2], lambda: unseen), None, None
 
 
-LEARN_AT_FIRST = 3
+LEARN_AT_FIRST = 30
 
 
 def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Array) -> _Batch:
