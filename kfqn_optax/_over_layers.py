@@ -69,10 +69,10 @@ def inverses(tree: Any) -> Any:
     for (size, dtype), members in groups.items():
         grown = []
         for i in members:
-            stack, dim = leaves[i].shape[:-2], leaves[i].shape[-1]
-            margin = [(0, 0)] * len(stack) + [(0, size - dim)] * 2
+            dim = leaves[i].shape[-1]
             added = jnp.diag(jnp.arange(size) >= dim).astype(dtype)
-            grown.append((jnp.pad(leaves[i], margin) + added).reshape(-1, size, size))
+            margin = [(0, 0), (0, size - dim), (0, size - dim)]
+            grown.append(jnp.pad(leaves[i].reshape(-1, dim, dim), margin) + added[None])
         together = jax.vmap(inverse)(jnp.concatenate(grown))
         start = 0
         for i in members:

@@ -13,6 +13,7 @@ import pytest
 import zoo
 
 import kfqn_optax as kfqn
+from kfqn_optax import _transform
 from kfqn_optax.bench._quick import quick_jit
 
 
@@ -254,11 +255,12 @@ def test_kfac_is_natural_gradient_where_the_fisher_matrix_is_a_kronecker_product
     close(np.asarray(ours).ravel(), -learning_rate * natural)
 
 
-def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng):
+def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng, monkeypatch):
     """A and G of two layers by brute force over eight batches, seen at steps 1, 2, 3, then 5, 7 ...
 
     The loss marks nothing, so that G is the covariance of the gradients.
     """
+    monkeypatch.setattr(_transform, "LEARN_AT_FIRST", 3)
     model, damping = zoo.Mlp(param_dtype=jnp.float64), 0.04
     batches = [(jnp.asarray(x), jnp.asarray(rng.integers(2, size=6))) for x in rng.normal(size=(8, 6, 4))]
     params = zoo.randomise(model.init(jax.random.key(0), batches[0][0]))["params"]

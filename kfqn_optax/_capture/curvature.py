@@ -181,10 +181,15 @@ class Curvature:
 
         With the parameters as they are, rounded to their dtype; without those masked in ``grads``.
         """
-        trees = (as_arrays(tree) for tree in (grads, self.params, self._moved(updates)))
-        leaves = zip(*(jax.tree.leaves(tree, is_leaf=is_masked) for tree in trees), strict=True)
-        own = [(g, jnp.asarray(p - q, g.dtype)) for g, p, q in leaves if not is_masked(g)]
-        return inner([g for g, _ in own], [moved for _, moved in own])
+        grads = as_arrays(grads)
+        moved = jax.tree.map(
+            lambda g, p, q: g if is_masked(g) else jnp.asarray(p - q, g.dtype),
+            grads,
+            as_arrays(self.params),
+            as_arrays(self._moved(updates)),
+            is_leaf=is_masked,
+        )
+        return inner(grads, moved)
 
     def _moved(self, updates: chex.ArrayTree) -> chex.ArrayTree:
         moved = jax.tree.map(

@@ -76,8 +76,8 @@ _inverse = one_by_one(by_cholesky, on_cpu=by_halves)
 def inverse(matrix: jax.Array) -> jax.Array:
     """matrix^-1, NaN unless the matrix is positive definite. (d, d).
 
-    On a CPU by halves and, up to 512 rows, by block elimination (Gauss and Jordan): matrix products but for
-    blocks of 64, many times faster there than the Cholesky factor and two triangular solves. On accelerators
-    by these.
+    On a CPU by halves and, up to 512 rows, by block elimination (Gauss and Jordan): matrix products but
+    for blocks of 64, many times faster there than the Cholesky factor and two triangular solves. On
+    accelerators by these.
     """
     return _inverse(matrix)
