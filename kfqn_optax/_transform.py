@@ -190,7 +190,7 @@ def scale_by_kfqn(
     )
 
     def init_fn(params):
-        return _init(method, params)
+        return jax.tree.map(jnp.copy, _init(method, params))  # no two leaves in one buffer: donation
 
     def update_fn(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
