@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import jax
+import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.layers import LONG_MEMORY, MAX_DIM, Layer, Layers
@@ -432,9 +434,17 @@ def _chain(
             "kfqn: learning_rate is a Layers, but it must be a float or a schedule; the layers that"
             " kfqn.find_layers returns come second."
         )
-    check_constants(learning_rate=learning_rate)
-    return optax.chain(
+    check_constants(learning_rate=learning_rate, weight_decay=weight_decay)
+    chain = optax.chain(
         scale_by_kfqn(layers, probe_step=learning_rate, **settings),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def update(updates, state, params=None, **extra_args):
+        """A rejected step changes no parameter: the weights do not decay either."""
+        updates, state = chain.update(updates, state, params, **extra_args)
+        made = state[0].share > 0
+        return jax.tree.map(lambda u: jnp.where(made, u, 0), updates), state
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)

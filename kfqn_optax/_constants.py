@@ -1,37 +1,47 @@
 """The ranges of the methods' constants, checked while tracing."""
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+
+def _whole(x: float) -> bool:
+    return 1 <= x < inf and x == int(x)
+
+
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "damping": (lambda x: x > 0, "positive; the papers use 0.3, and less for losses with small gradients"),
+    "damping": (
+        lambda x: 0 < x < inf,
+        "positive and finite; the papers use 0.3, and less for losses with small gradients",
+    ),
     "decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "learning_rate": (lambda x: x >= 0, "at least 0"),
-    "every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
-    "floor": (lambda x: x > 0, "positive"),
+    "learning_rate": (lambda x: 0 <= x < inf, "at least 0 and finite"),
+    "every": (_whole, "a whole number of at least 1"),
+    "floor": (lambda x: 0 < x < inf, "positive and finite"),
     "ceiling": (lambda x: x > 0, "positive"),
-    "directions": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
-    "groups": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
-    "inverse_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
-    "learn_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
-    "max_dim": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
-    "memory": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+    "directions": (_whole, "a whole number of at least 1"),
+    "groups": (_whole, "a whole number of at least 1"),
+    "inverse_every": (_whole, "a whole number of at least 1"),
+    "learn_every": (_whole, "a whole number of at least 1"),
+    "max_dim": (_whole, "a whole number of at least 1"),
+    "memory": (_whole, "a whole number of at least 1"),
     "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "mu1": (lambda x: 0 < x < 1, "in (0, 1)"),
     "others_decay": (lambda x: 0 <= x < 1, "in [0, 1), or None for the plain gradient"),
-    "probe_step": (lambda x: x >= 0, "at least 0"),
+    "probe_step": (lambda x: 0 <= x < inf, "at least 0 and finite"),
     "rate": (lambda x: 0 < x <= 1, "in (0, 1], 1 for a fixed damping"),
-    "rows": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all"),
-    "statistics_rows": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all"),
+    "rows": (_whole, "a whole number of at least 1, or None for all"),
+    "statistics_rows": (_whole, "a whole number of at least 1, or None for all"),
     "trust": (lambda x: x > 0, "positive"),
     "step_rule": (
-        lambda x: x > 0,
-        "positive, None for the papers' step, or a rule like kfqn.measured()",
+        lambda x: 0 < x < inf,
+        "positive and finite, None for the papers' step, or a rule like kfqn.measured()",
     ),
-    "update_every": (lambda x: x >= 1 and x == int(x), "a whole number of at least 1"),
+    "update_every": (_whole, "a whole number of at least 1"),
+    "weight_decay": (lambda x: 0 <= x < inf, "at least 0 and finite"),
 }
 _MAY_BE_NONE = ("max_dim", "others_decay", "rows", "statistics_rows", "step_rule")
 _STATIC = ("directions", "groups", "max_dim", "memory", "rows", "statistics_rows")
@@ -45,6 +55,15 @@ def check_constants(*, call: str = "kfqn", **constants: Any) -> None:
     for name, value in constants.items():
         if not callable(value) and not (value is None and name in _MAY_BE_NONE):
             _check(call, name, value)
+
+
+def check_factor_dtype(dtype: Any) -> None:
+    """Raise ``ValueError`` for a dtype in which no factor can be kept."""
+    if dtype is not None and not (jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32):
+        raise ValueError(
+            f"kfqn: factor_dtype={dtype!r}, but the factors need float32 or float64. Leave it out for the"
+            " dtype of the parameters, float32 at least."
+        )
 
 
 def _check(call: str, name: str, value: Any) -> None:

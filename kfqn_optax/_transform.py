@@ -18,7 +18,7 @@ import optax
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.layers import Layer, Layers, get_matrices, layers_within, set_matrices
 from kfqn_optax._capture.statistics import Statistics
-from kfqn_optax._constants import check_constants
+from kfqn_optax._constants import check_constants, check_factor_dtype
 from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select
 from kfqn_optax._over_layers import copied, each, inverses
 from kfqn_optax._sides import others
@@ -41,7 +41,8 @@ class ScaleByKfqnState(NamedTuple):
       damping: the damping of the last step that was not left out for its batch.
       share: the part of the proposed step that was made in the last update.
       rejected: how many steps were left out because the loss, a gradient, the direction, or the loss or
-        statistics after the step were not finite; their update was zero.
+        statistics after the step were not finite, or what a schedule gave: a learning rate that is not
+        finite, a damping that is not positive and finite. Their update was zero.
     """
 
     count: jax.Array
@@ -171,6 +172,7 @@ def scale_by_kfqn(
     check_constants(probe_step=probe_step, damping=damping, momentum=momentum, update_every=update_every)
     check_constants(learn_every=learn_every)
     check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
+    check_factor_dtype(factor_dtype)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
     method = _Method(
@@ -199,6 +201,7 @@ def scale_by_kfqn(
         step_length = _at(probe_step, state.count)
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
+        sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
         sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)

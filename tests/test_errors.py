@@ -286,13 +286,14 @@ def test_flattened_parameters():
 # ---------------------------------------------------------------------------------------------- constants
 
 BAD = {
-    "learning_rate": ([-0.1, float("nan")], "at least 0"),
-    "damping": ([0, 0.0, -0.3, float("nan"), np.float32(0), jnp.zeros(())], "positive"),
+    "learning_rate": ([-0.1, float("nan"), float("inf")], "at least 0"),
+    "damping": ([0, 0.0, -0.3, float("nan"), float("inf"), np.float32(0), jnp.zeros(())], "positive"),
+    "weight_decay": ([-0.1, float("nan"), float("inf")], "at least 0"),
     "step_rule": ([0, -1.0, float("nan")], "None for the papers' step"),
     "momentum": ([1, 1.5, -0.1], "in [0, 1)"),
     "decay": ([1, -0.1], "in [0, 1)"),
     "mu1": ([0, 1, -0.5], "in (0, 1)"),
-    "update_every": ([0, -1, 1.5], "a whole number of at least 1"),
+    "update_every": ([0, -1, 1.5, float("inf")], "a whole number of at least 1"),
     "max_dim": ([0, 1.5], "a whole number of at least 1"),
 }
 
@@ -312,7 +313,13 @@ def test_a_constant_of_another_optimizer_out_of_its_range(make, name, value):
         make(0.1, LAYERS, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "damping"])
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.bfloat16, "float16", bool])
+def test_a_factor_dtype_that_holds_no_factor(dtype):
+    with says(ValueError, "kfqn", f"factor_dtype={dtype!r}", "float32"):
+        kfqn.kfac(1.0, LAYERS, factor_dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "damping", "weight_decay"])
 @pytest.mark.parametrize("value", [None, "0.3"])
 def test_a_constant_that_is_no_number(name, value):
     with says((TypeError, ValueError), "kfqn", f"{name}={value!r}"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import inner
 
 PROBES = 8
+LEAST = 0.01
 STRIDE = 257  # examples from the part of one step to that of the next
 
 
@@ -80,9 +82,14 @@ class Curvature:
 
     @property
     def squared_norm(self) -> jax.Array:
-        """The sum of squares of all parameters, in float32 or wider."""
+        """The sum of squares of all parameters, in float32 or wider.
+
+        At least a hundredth of that of layers whose kernels have variance 1 / d_in, d_out a layer, so
+        that parameters which start at zero have a length too.
+        """
         wide = [p.astype(_wide(p)) for p in jax.tree.leaves(as_arrays(self.params))]
-        return inner(wide, wide)
+        usual = sum(math.prod(layer.copies) * layer.out_dim for layer in self._batch.layers)
+        return jnp.maximum(inner(wide, wide), LEAST * usual)
 
     def value_at(self, updates: chex.ArrayTree, rows: int | None = None) -> jax.Array:
         """The loss at ``params + updates``, of the same batch with the same keys: one forward pass.

@@ -1,0 +1,96 @@
+"""A step that is left out changes no parameter, whatever comes after the direction in the chain."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import zoo
+from test_conformance import every_method
+
+import kfqn_optax as kfqn
+from kfqn_optax.bench._quick import quick_jit
+
+x = jax.random.normal(jax.random.key(0), (12, 4))
+labels = jnp.arange(12) % 2
+model = zoo.Mlp()
+start = quick_jit(model.init)(jax.random.key(1), x)["params"]
+layers = kfqn.find_layers(model, {"params": start}, x)
+
+
+def loss_fn(params, x):
+    logits = kfqn.outputs(model.apply({"params": params}, x), "categorical")
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def train(tx, batches):
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+
+    @quick_jit
+    def step(params, state, x):
+        _, grads, curvature = value_and_grad(params, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    params, state, seen = start, tx.init(start), []
+    for batch in batches:
+        params, state = step(params, state, batch)
+        seen.append(params)
+    return seen, kfqn.diagnostics(state)["rejected"]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@every_method
+def test_the_weights_do_not_decay_in_a_rejected_step(method):
+    seen, rejected = train(method(0.1, layers, weight_decay=0.1), [x, x.at[0, 0].set(jnp.nan), x])
+    assert rejected == 1
+    assert_same(seen[0], seen[1])
+    assert not jnp.array_equal(jax.tree.leaves(seen[1])[0], jax.tree.leaves(seen[2])[0])
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_learning_rate_of_a_schedule_that_is_not_finite(method, bad):
+    schedule = lambda count: jnp.where(count == 1, bad, 0.1)
+    seen, rejected = train(method(schedule, layers, weight_decay=0.1), [x, x, x])
+    assert rejected == 1
+    assert_same(seen[0], seen[1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(seen[2]))
+
+
+@every_method
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_damping_of_a_schedule_that_is_none(method, bad):
+    schedule = lambda count: jnp.where(count == 1, bad, 0.3)
+    seen, rejected = train(method(0.1, layers, damping=schedule), [x, x, x])
+    assert rejected == 1
+    assert_same(seen[0], seen[1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(seen[2]))
+
+
+def test_parameters_that_start_at_zero_are_trained():
+    linear = nn.Dense(1, kernel_init=nn.initializers.zeros)
+    params = quick_jit(linear.init)(jax.random.key(0), x)["params"]
+    found = kfqn.find_layers(linear, {"params": params}, x)
+
+    def loss(params, x):
+        z = kfqn.outputs(linear.apply({"params": params}, x), "normal")
+        return jnp.mean(jnp.square(z[:, 0] - x.sum(1)))
+
+    value_and_grad, tx = kfqn.value_and_grad(loss, found), kfqn.kfac(1.0, found)
+
+    @quick_jit
+    def step(params, state):
+        value, grads, curvature = value_and_grad(params, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = tx.init(params), []
+    for _ in range(20):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    assert losses[-1] < 1e-3 * losses[0]
