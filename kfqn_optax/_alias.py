@@ -435,7 +435,7 @@ def _chain(
             " kfqn.find_layers returns come second."
         )
     check_constants(learning_rate=learning_rate, weight_decay=weight_decay)
-    chain = optax.chain(
+    chain: Any = optax.chain(
         scale_by_kfqn(layers, probe_step=learning_rate, **settings),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
