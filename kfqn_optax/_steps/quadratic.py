@@ -22,6 +22,8 @@ class QuadraticState(NamedTuple):
       count: steps so far.
       scale: the damping as a multiple of the one that the user gave.
       level: moving average of the magnitude of the loss, before this step.
+      window: sum of the losses of the batches since the damping was last looked at.
+      before: the mean of those between the two looks before.
       alpha: coefficient of the preconditioned gradient in the last step.
       mu: coefficient of the update before, in the last step.
       share: the part of the model's step that was made.
@@ -32,6 +34,8 @@ class QuadraticState(NamedTuple):
     count: jax.Array
     scale: jax.Array
     level: jax.Array
+    window: jax.Array
+    before: jax.Array
     alpha: jax.Array
     mu: jax.Array
     share: jax.Array
@@ -59,7 +63,9 @@ def quadratic(
     given, ``level`` the running loss: it has the units of C, so that neither the loss's scale nor the
     parameters' matters. ``scale`` starts at 1 and follows the model's success (Levenberg and Marquardt):
     the loss is looked at where the step ends, and every ``every`` steps a ratio of actual to predicted
-    change above 3/4 multiplies it by rate^every, one below 1/4 divides it by that. A step along which the
+    change above 3/4 multiplies it by rate^every, one below 1/4 divides it by that. So does a loss that is
+    larger on the new batches since the last look than on those before it, whatever the ratio: steps that
+    suit the batches they were made of and no other are of too small a damping. A step along which the
     loss rose is shortened to the minimum of the parabola through what is known, half of it at most;
     one after which the loss is not finite is not made.
 
@@ -68,7 +74,7 @@ def quadratic(
     follow: with those give ``rate=1.0``, which keeps ``scale`` at 1.
 
     Args:
-      every: steps from one change of the damping to the next.
+      every: steps from one change of the damping to the next, and batches whose mean losses are compared.
       rate: in (0, 1]; 1 for no change.
       floor, ceiling: bounds of ``scale``.
       trust: the longest step, as a part of the length of the parameters.
@@ -82,14 +88,15 @@ def quadratic(
       Array(1., dtype=float32)
 
     Source: Martens, Grosse 2015, arXiv 1503.05671, sections 6.4, 6.5 and 7; their model uses all rows,
-    their damping has no units, and they do not limit the step's length.
+    their damping has no units, they do not limit the step's length nor look at new batches.
     """
     check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust, rows=rows)
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
         last = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
-        return QuadraticState(last, jnp.zeros([], jnp.int32), one, zero, zero, zero, one, one)
+        most = jnp.full([], jnp.finfo(jnp.float32).max)
+        return QuadraticState(last, jnp.zeros([], jnp.int32), one, zero, zero, most, zero, zero, one, one)
 
     def level_of(state, curvature):
         now = jnp.abs(jnp.asarray(curvature.value, jnp.float32))
@@ -125,13 +132,19 @@ def quadratic(
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
-        factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
+        # New batches tell what the steps before did to the loss, which those they were made of do not.
+        window = state.window + jnp.asarray(curvature.value, jnp.float32)
+        rises = window / every > state.before
+        good, poor = (ratio > GOOD) & ~rises, (ratio < POOR) | rises
+        factor = jnp.where(good, rate**every, jnp.where(poor, rate**-every, 1.0))
         look = (state.count + 1) % every == 0
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=state.count + 1,
             scale=jnp.where(look, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
             level=level_of(state, curvature),
+            window=jnp.where(look, 0, window),
+            before=jnp.where(look, window / every, state.before),
             alpha=-c[0],
             mu=c[1],
             share=share,

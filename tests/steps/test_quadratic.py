@@ -162,3 +162,32 @@ def test_an_outlier_among_the_inputs_does_not_make_the_loss_explode():
     losses = [training.step(*batch(100 + k)) for k in range(20)]
     assert np.isfinite(losses).all()
     assert max(losses) < 2 * before
+
+
+@pytest.mark.parametrize(("rise", "falls"), [(0.0, True), (0.3, False)])
+def test_the_damping_grows_where_new_batches_have_larger_losses(rise, falls):
+    """Whatever the model's success: the loss of each batch is the same function, the higher the later."""
+    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
+    x = jax.random.normal(jax.random.key(0), (32, 3))
+    params = quick_jit(model.init)(jax.random.key(1), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+
+    def loss_fn(params, x, height):
+        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
+        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + height
+
+    value_and_grad, tx = kfqn.value_and_grad(loss_fn, layers), kfqn.kfac(1.0, layers, damping=0.1)
+
+    @quick_jit
+    def step(params, state, height):
+        _, grads, curvature = value_and_grad(params, x, height)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for k in range(10):
+        params, state = step(params, state, rise * k)
+        if k == 4:
+            first = float(state[0].rule.scale)
+    assert first < 1
+    assert (state[0].rule.scale <= first) == falls
