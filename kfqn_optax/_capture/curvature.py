@@ -16,7 +16,7 @@ from kfqn_optax._capture.layers import Layers, check_parameters, is_masked, put
 from kfqn_optax._capture.linen import tapping
 from kfqn_optax._capture.nnx import ModelCall, as_arrays, copier, is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
-from kfqn_optax._capture.outputs import as_key, bits_of, finding, gauss_newton, sampling
+from kfqn_optax._capture.outputs import Mark, as_key, bits_of, finding, gauss_newton, sampling
 from kfqn_optax._capture.quadratic import Forms, forms_of, has_loop
 from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
 from kfqn_optax._capture.tap import SLOT
@@ -81,6 +81,15 @@ class Curvature:
         return Curvature(self.value, self.params, self.statistics, batch)
 
     @property
+    def outputs(self) -> int:
+        """How many numbers of an example the loss marks as its :func:`outputs`; 0 without a mark.
+
+        Only an array whose leading axis counts the examples of ``batch_argnums`` is one of all of them.
+        """
+        shapes = [mark.shape for mark in self._batch.marks]
+        return sum(math.prod(shape[shape[:1] == (self.examples,) :]) for shape in shapes)
+
+    @property
     def squared_norm(self) -> jax.Array:
         """The sum of squares of all parameters, in float32 or wider.
 
@@ -131,7 +140,7 @@ class Curvature:
                 f"curvature.forms: directions is a {type(directions).__name__}, or empty. Give a list of"
                 " trees shaped like the parameters, one tree at least."
             )
-        stacked = self._batch.looped and bool(self._batch.distributions)
+        stacked = self._batch.looped and bool(self._batch.marks)
         try:
             with gauss_newton():
                 return forms_of(self._batch.loss(rows), self.params, directions, stacked)
@@ -177,7 +186,7 @@ class Curvature:
           with ``forward``.
         """
         check_rows(rows, "curvature.factor_statistics")
-        if any(self._batch.distributions):
+        if any(mark.distribution for mark in self._batch.marks):
             key = bits_of(self.value) if key is None else key
             return self._batch.sampled(self.params, rows, as_key(key))
         positions = {layer.name: layer.positions for layer in self._batch.layers}
@@ -396,8 +405,8 @@ class _Batch:
         return count_examples(self.owner.batch_argnums, self.call.args)
 
     @property
-    def distributions(self) -> list[str | None]:
-        """What the marks of the loss name."""
+    def marks(self) -> list[Mark]:
+        """The marks of the loss."""
         return self._traced[0]
 
     @property
@@ -406,7 +415,7 @@ class _Batch:
         return self._traced[1]
 
     @functools.cached_property
-    def _traced(self) -> tuple[list[str | None], bool]:
+    def _traced(self) -> tuple[list[Mark], bool]:
         """The loss is traced for it, and not run."""
         loss = lambda: self.call.value(self.owner.loss_fn, self.call.params, self.owner.has_aux)
         with finding() as met:

@@ -15,7 +15,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ from kfqn_optax._numerics import safe_divide
 DISTRIBUTIONS = ("bernoulli", "categorical", "normal")
 
 Rule = Callable[[jax.Array, str | None], jax.Array]
+
+
+class Mark(NamedTuple):
+    """A mark that a loss was found to have: what it names, and the shape of what it marks."""
+
+    distribution: str | None
+    shape: tuple[int, ...]
 
 
 class _Local(threading.local):
@@ -115,12 +122,12 @@ def _rule(rule: Rule, key: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def finding() -> Iterator[list[str | None]]:
-    """Within this context a loss adds to the list the distribution of each of its marks."""
-    met: list[str | None] = []
+def finding() -> Iterator[list[Mark]]:
+    """Within this context a loss adds each of its marks to the list."""
+    met: list[Mark] = []
 
     def rule(z, distribution):
-        met.append(distribution)
+        met.append(Mark(distribution, jnp.shape(z)))
         return z
 
     with _rule(rule, ("find", next(_calls))):

@@ -12,6 +12,8 @@ from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR = 0.75, 0.25
 FORGET = 0.9
+OUTPUTS, LEAST = 100_000, 125
+LONGER, FORGET_LENGTH = 2.0, 0.8
 
 
 class QuadraticState(NamedTuple):
@@ -26,6 +28,7 @@ class QuadraticState(NamedTuple):
       before: the mean of those between the two looks before.
       alpha: coefficient of the preconditioned gradient in the last step.
       mu: coefficient of the update before, in the last step.
+      length: moving average of the lengths of the steps.
       share: the part of the model's step that was made.
       ratio: actual over predicted change of the loss in the last step, -1 if the loss rose.
     """
@@ -38,6 +41,7 @@ class QuadraticState(NamedTuple):
     before: jax.Array
     alpha: jax.Array
     mu: jax.Array
+    length: jax.Array
     share: jax.Array
     ratio: jax.Array
 
@@ -49,15 +53,17 @@ def quadratic(
     floor: float = 0.05,
     ceiling: float = 1e6,
     trust: float = 0.5,
-    rows: int | None = 125,
+    rows: int | None = None,
 ) -> StepRule:
     """The step alpha d + mu delta that is best by a quadratic model, d = -H_a g H_g, delta the last update.
 
     With U = (d, delta), r_i = <g, u_i> and Q_ij = <u_i, (C + lambda) u_j>, where C is the Gauss-Newton
     matrix of the batch's loss (the loss's own second derivatives where it has no :func:`outputs`), the
-    coefficients are -Q^-1 r. One direction alone is taken where the two are nearly parallel, and in the
-    first step. There is no learning rate to choose: that of the transformation, usually 1, multiplies the
-    step. No step is longer than ``trust`` times the parameters.
+    coefficients are -Q^-1 r, with |mu| at most 1: an update is at most repeated or taken back. One
+    direction alone is taken where the two are nearly parallel, and in the first step. There is no learning
+    rate to choose: that of the transformation, usually 1, multiplies the step. No step is longer than
+    ``trust`` times the parameters, nor than twice the running mean of the lengths of those before: what a
+    few examples say of a step that long is not to be believed of the others.
 
     The damping is lambda = damping scale level / |params|^2, with ``damping`` what the transformation was
     given, ``level`` the running loss: it has the units of C, so that neither the loss's scale nor the
@@ -78,9 +84,11 @@ def quadratic(
       rate: in (0, 1]; 1 for no change.
       floor, ceiling: bounds of ``scale``.
       trust: the longest step, as a part of the length of the parameters.
-      rows: examples of the batch of which C is taken and where the loss is looked at, the last ones, if
-        ``value_and_grad`` knows by ``batch_argnums`` what an example is; None for all. The factors'
-        statistics should be of others: on the same rows the model is blind where d is largest.
+      rows: of how many examples C is taken and the loss looked at, the last ones of the batch, if
+        ``value_and_grad`` knows by ``batch_argnums`` what an example is. None: of so many that the marked
+        outputs of these are 100,000 numbers, and of 125 at least; of all where the loss has no mark.
+        Examples with few outputs differ much in their curvature (that of a class known for certain is 0),
+        and too few of them make a model that takes steps far too long for the others.
 
     Example:
       >>> import jax.numpy as jnp, kfqn_optax as kfqn
@@ -96,7 +104,9 @@ def quadratic(
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
         last = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
         most = jnp.full([], jnp.finfo(jnp.float32).max)
-        return QuadraticState(last, jnp.zeros([], jnp.int32), one, zero, zero, most, zero, zero, one, one)
+        return QuadraticState(
+            last, jnp.zeros([], jnp.int32), one, zero, zero, most, zero, zero, zero, share=one, ratio=one
+        )
 
     def level_of(state, curvature):
         now = jnp.abs(jnp.asarray(curvature.value, jnp.float32))
@@ -105,25 +115,36 @@ def quadratic(
     def damping(state, given, curvature):
         return given * state.scale * safe_divide(level_of(state, curvature), curvature.squared_norm)
 
+    def longest_step(state, curvature):
+        of_params = trust * jnp.sqrt(curvature.squared_norm)
+        return jnp.where(state.length > 0, jnp.minimum(of_params, LONGER * state.length), of_params)
+
+    def lengths(running, length):
+        """The running mean, which no step of length 0 ends."""
+        started = jnp.where(running > 0, ema(running, length, FORGET_LENGTH), length)
+        return jnp.where(length > 0, started, running)
+
     def propose(state, proposal):
         curvature = proposal.curvature
         directions = [proposal.direction, state.last]
-        forms = curvature.forms(directions, rows=rows)
+        taken = _enough(curvature.outputs) if rows is None else rows
+        forms = curvature.forms(directions, rows=taken)
         across = inner(*directions)
         first, second = (inner(u, u) for u in directions)
         gram = jnp.array([[first, across], [across, second]])
         matrix = forms.matrix + proposal.damping * gram
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
         a, c = proposal.learning_rate, minimum(matrix, slopes)
-        longest, length = trust * jnp.sqrt(curvature.squared_norm), jnp.sqrt(c @ gram @ c)
+        longest, length = longest_step(state, curvature), jnp.sqrt(c @ gram @ c)
         c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
+        length = jnp.minimum(length, longest)
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
         update = jax.tree.map(lambda x: (-a * x).astype(x.dtype), step)
         slope = a * c @ slopes
         predicted = slope + 0.5 * a**2 * c @ matrix @ c
         # The slope is known of the whole batch, what bends the loss along the step of these rows.
-        value_after = curvature.value_at(update, rows=rows)
+        value_after = curvature.value_at(update, rows=taken)
         bend = value_after - forms.value - a * c @ forms.slopes
         change = slope + bend
         rounding = 4 * jnp.finfo(value_after.dtype).eps * (jnp.abs(forms.value) + jnp.abs(value_after))
@@ -147,6 +168,7 @@ def quadratic(
             before=jnp.where(look, window / every, state.before),
             alpha=-c[0],
             mu=c[1],
+            length=lengths(state.length, length),
             share=share,
             ratio=ratio,
         )
@@ -162,9 +184,9 @@ def quadratic(
 def minimum(matrix: jax.Array, slopes: jax.Array) -> jax.Array:
     """The coefficients c that minimise <c, slopes> + <c, matrix c> / 2 in two directions.
 
-    The matrix is scaled to a unit diagonal. Where it is nearly singular then, or the second direction is
-    zero, the first direction is taken alone; an indefinite matrix is taken by the magnitudes of its
-    eigenvalues.
+    The second is between -1 and 1. The matrix is scaled to a unit diagonal. Where it is nearly singular
+    then, or the second direction is zero, the first direction is taken alone; an indefinite matrix is taken
+    by the magnitudes of its eigenvalues.
 
     Args:
       matrix: symmetric. (2, 2).
@@ -175,9 +197,10 @@ def minimum(matrix: jax.Array, slopes: jax.Array) -> jax.Array:
     values, vectors = _eigen(unit)
     both = (values.min() > 1e-6) & (scale > 0).all()
     rotated = vectors.T @ safe_divide(slopes, scale)
-    two = -safe_divide(vectors @ safe_divide(rotated, values), scale)
-    alone = -safe_divide(slopes[0], scale[0] ** 2)
-    return jnp.where(both, two, jnp.stack([alone, jnp.zeros_like(alone)]))
+    free = -safe_divide(vectors @ safe_divide(rotated, values), scale)
+    second = jnp.where(both, jnp.clip(free[1], -1, 1), 0)
+    first = -safe_divide(slopes[0] + matrix[0, 1] * second, scale[0] ** 2)
+    return jnp.where(both & (second == free[1]), free, jnp.stack([first, second]))
 
 
 def _eigen(unit: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -195,6 +218,11 @@ def shortened(slope: jax.Array, change: jax.Array) -> jax.Array:
     bend = change + slope
     share = jnp.clip(safe_divide(slope, 2 * bend), 0, 0.5)
     return jnp.where(jnp.isfinite(change) & (slope > 0), share, 0)
+
+
+def _enough(outputs: int) -> int | None:
+    """Of how many examples to take C, each of which has so many outputs; None for all."""
+    return max(LEAST, -(-OUTPUTS // outputs)) if outputs else None
 
 
 def _wide(leaf: Any) -> Any:

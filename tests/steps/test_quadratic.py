@@ -22,15 +22,28 @@ def model_value(matrix, slopes, c):
 def test_the_coefficients_minimise_the_model(seed):
     rng = np.random.default_rng(seed)
     root = rng.normal(size=(2, 2)) * np.array([[1.0], [1e-3]])
-    matrix, slopes = root @ root.T, rng.normal(size=2)
+    matrix = root @ root.T
+    slopes = -matrix @ np.array([rng.normal(), rng.uniform(-1, 1)])
     with jax.enable_x64(True):
         got = np.asarray(minimum(jnp.asarray(matrix), jnp.asarray(slopes)))
     np.testing.assert_allclose(got, -np.linalg.solve(matrix, slopes), rtol=1e-8)
 
 
+@pytest.mark.parametrize("second", [-3.0, 2.0])
+def test_the_second_coefficient_is_between_minus_one_and_one(second):
+    matrix = np.array([[2.0, 0.7], [0.7, 1.0]])
+    slopes = -matrix @ np.array([0.5, second])
+    got = np.asarray(minimum(jnp.float32(matrix), jnp.float32(slopes)))
+    bound = np.sign(second)
+    grid = np.stack(np.meshgrid(np.linspace(-4, 4, 801), [bound]), axis=-1).reshape(-1, 2)
+    best = min(grid, key=lambda c: model_value(matrix, slopes, c))
+    np.testing.assert_allclose(got, best, atol=0.011)
+    assert got[1] == bound
+
+
 def test_units_of_the_directions_do_not_matter():
     matrix, slopes = np.array([[2.0, 0.5], [0.5, 1.0]]), np.array([-1.0, 0.3])
-    units = np.array([1e6, 1e-7])
+    units = np.array([1e6, 1.0])
     plain = minimum(jnp.float32(matrix), jnp.float32(slopes))
     scaled = minimum(jnp.float32(matrix * np.outer(units, units)), jnp.float32(slopes * units))
     np.testing.assert_allclose(scaled * units, plain, rtol=1e-4)
@@ -46,7 +59,7 @@ def test_parallel_directions_and_a_missing_one_leave_the_first_alone():
 
 @pytest.mark.parametrize("matrix", [[[-4.0, 0.3], [0.3, 1.0]], [[1.0, 3.0], [3.0, 1.0]]])
 def test_an_indefinite_model_is_taken_by_the_magnitude_of_its_eigenvalues(matrix):
-    matrix, slopes = np.array(matrix), np.array([-1.0, 0.5])
+    matrix, slopes = np.array(matrix), np.array([-0.4, 0.2])
     scale = np.sqrt(np.abs(np.diagonal(matrix)))
     values, vectors = np.linalg.eigh(matrix / np.outer(scale, scale))
     positive = vectors @ np.diag(np.abs(values)) @ vectors.T * np.outer(scale, scale)
@@ -191,3 +204,59 @@ def test_the_damping_grows_where_new_batches_have_larger_losses(rise, falls):
             first = float(state[0].rule.scale)
     assert first < 1
     assert (state[0].rule.scale <= first) == falls
+
+
+def test_no_step_is_longer_than_twice_the_running_mean():
+    training = Training()
+    longest = []
+    for k in range(12):
+        before = float(training.ours.rule.length)
+        x, labels = batch(k)
+        training.step(x * (30.0 if k == 8 else 1.0), labels)
+        length = float(optax.tree.norm(training.ours.rule.last))
+        longest.append(length / before if before else 0.0)
+    assert max(longest) <= 2 * (1 + 1e-5)
+    assert max(longest) > 0.5
+
+
+def test_steps_of_length_zero_do_not_end_the_training():
+    model, x = nn.Dense(2), jnp.ones((4, 3))
+    params = quick_jit(model.init)(jax.random.key(0), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+    loss_fn = lambda params, weight: (
+        weight * jnp.mean(kfqn.outputs(model.apply({"params": params}, x), "normal") ** 2)
+    )
+    value_and_grad, tx = kfqn.value_and_grad(loss_fn, layers), kfqn.kfac(1.0, layers)
+
+    @quick_jit
+    def step(params, state, weight):
+        loss, grads, curvature = value_and_grad(params, weight)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, losses = tx.init(params), []
+    for weight in (0.0, 0.0, 1.0, 0.0, 1.0, 1.0):
+        params, state, loss = step(params, state, weight)
+        losses.append(float(loss))
+    assert 0 < losses[-1] < losses[4] < losses[2]
+
+
+@pytest.mark.parametrize(
+    ("mark", "argnums", "expected"),
+    [
+        (lambda z: kfqn.outputs(z, "normal"), 1, 3),
+        (lambda z: kfqn.outputs(z.reshape(-1), "normal"), 1, 3 * ROWS),
+        (jax.vmap(lambda z: kfqn.outputs(z, "normal")), 1, 3),
+        (lambda z: kfqn.outputs(z[:, :2]) @ jnp.ones((2, 3)) + kfqn.outputs(z), 1, 5),
+        (lambda z: z, 1, 0),
+        (lambda z: kfqn.outputs(z, "normal"), None, 3 * ROWS),
+    ],
+    ids=["batched", "flat", "vmap", "two", "none", "no argnums"],
+)
+def test_the_outputs_of_an_example_are_counted(mark, argnums, expected):
+    model, (x, _) = nn.Dense(3), batch(0)
+    params = model.init(jax.random.key(0), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+    loss_fn = lambda params, x: jnp.mean(mark(model.apply({"params": params}, x)) ** 2)
+    _, _, curvature = kfqn.value_and_grad(loss_fn, layers, batch_argnums=argnums)(params, x)
+    assert curvature.outputs == expected
