@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._capture.layers import Layer, Layers, get_matrices, layers_within, set_matrices
+from kfqn_optax._capture.layers import Layer, Layers, get_matrices, is_masked, layers_within, set_matrices
+from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants, check_factor_dtype
 from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select
@@ -197,7 +198,9 @@ def scale_by_kfqn(
     def update_fn(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
         present = layers_within(layers, updates, "kfqn: update")
+        _check_state(method, state, updates)
         curvature = _check_curvature(curvature, present).rotated(state.count)
+        raw, unit = _raw(curvature, updates)
         step_length = _at(probe_step, state.count)
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
@@ -207,7 +210,7 @@ def scale_by_kfqn(
             average = _average(method, state, updates, sane)
             direction = _precondition(present, method, sides, rest, average, damping)
             sane &= jnp.isfinite(inner(average, direction))
-        proposal = Proposal(updates, average, direction, step_length, damping, curvature)
+        proposal = Proposal(raw, average, direction, step_length, damping, curvature)
         with jax.default_matmul_precision(precision):
             step, rule_state = method.rule.propose(state.rule, proposal)
         sane &= all_finite(step)
@@ -220,19 +223,25 @@ def scale_by_kfqn(
             value=curvature.value,
             value_after=value_after,
             known=known,
-            slope=curvature.slope(update, updates),
-            mean_slope=curvature.slope(update, average),
+            slope=curvature.slope(update, raw),
+            mean_slope=unit * curvature.slope(update, average),
             sane=sane & finite,
             update=update,
         )
         share, rule_state = method.rule.review(rule_state, outcome)
         rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
         accept = outcome.sane & (share > 0)
+        learnt = (() if method.without_momentum else average, sides.inputs, sides.outputs, rest)
+        before = (state.momentum, state.inputs, state.outputs, state.others)
+        if method.second_pass:
+            momentum, inputs, outputs, rest = select(accept, learnt, before)
+        else:  # the sides did not learn of a batch that is not sane
+            momentum, inputs, outputs, rest = select(sane, learnt[0], before[0]), *learnt[1:]
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            momentum=() if method.without_momentum else select(sane, average, state.momentum),
-            inputs=sides.inputs,
-            outputs=sides.outputs,
+            momentum=momentum,
+            inputs=inputs,
+            outputs=outputs,
             others=rest,
             rule=select(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
@@ -456,7 +465,8 @@ def _second_pass(
                 dampings.outputs,
             )
         measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
-        return _Sides(inputs, outputs), end.value, jnp.asarray(True), all_finite(measured)
+        finite = all_finite(measured) & jnp.isfinite(end.value)
+        return _Sides(inputs, outputs), end.value, jnp.asarray(True), finite
 
     def pass_by(sides):
         unknown = jnp.full_like(value_dtype, jnp.nan)
@@ -535,6 +545,58 @@ def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
     """The direction D of one layer, and M itself where rounding made a factor indefinite: <M, D> < 0."""
     slope = (matrix * direction).sum((-2, -1), keepdims=True)
     return jnp.where(slope < 0, matrix, direction)
+
+
+def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Numeric]:
+    """The gradient before it was scaled or clipped, masked as ``updates``, and its norm over theirs."""
+    raw = jax.tree.map(
+        lambda u, g: u if is_masked(u) else g,
+        as_arrays(updates),
+        as_arrays(curvature.grads),
+        is_leaf=is_masked,
+    )
+    given, raw = (
+        jax.tree.leaves(updates),
+        jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(raw)),
+    )
+    if all(u is g for u, g in zip(given, jax.tree.leaves(raw), strict=True)):
+        return updates, 1
+    norm = lambda tree: jnp.sqrt(inner(tree, tree))
+    return raw, safe_divide(norm(raw), norm(updates))
+
+
+def _check_state(method: _Method, state: Any, params: chex.ArrayTree) -> None:
+    """Raise unless ``state`` is one that this method's ``init`` makes."""
+    remedy = (
+        "Pass what this transformation's init(params) returned, or a checkpoint of it: a state does not go"
+        " from one method, setting of one, or model to another."
+    )
+    if not isinstance(state, ScaleByKfqnState):
+        raise ValueError(f"kfqn: update was given a state of type {type(state).__name__}. {remedy}")
+    expected = jax.eval_shape(functools.partial(_init, method), params)
+    parts = {"step rule": (state.rule, expected.rule), "momentum": (state.momentum, expected.momentum)}
+    for kind, given, wanted in (
+        ("input", state.inputs, expected.inputs),
+        ("output", state.outputs, expected.outputs),
+    ):
+        if set(given) != set(wanted):
+            raise ValueError(
+                f"kfqn: update was given a state with the layers {sorted(given)}, not {sorted(wanted)}."
+                f" {remedy}"
+            )
+        parts |= {f"{kind} side of {name!r}": (given[name], wanted[name]) for name in wanted}
+    for part, (given, wanted) in parts.items():
+        if _summary(given) != _summary(wanted):
+            raise ValueError(
+                f"kfqn: update was given a state whose {part} is {_summary(given)}, not {_summary(wanted)}."
+                f" {remedy}"
+            )
+
+
+def _summary(part: Any) -> str:
+    shapes = ", ".join(str(jnp.shape(leaf)) for leaf in jax.tree.leaves(part))
+    kind = type(part).__name__ if hasattr(part, "_fields") else "arrays"
+    return f"{kind}: {shapes}" if shapes else "empty"
 
 
 def _check_curvature(curvature: Any, layers: Layers) -> Curvature:

@@ -38,6 +38,8 @@ class Curvature:
       value: the loss.
       params: the parameters at which the statistics were taken.
       statistics: for each layer name its :class:`Statistics`.
+      grads: the gradient as it was returned, whatever is done to it before ``update``; None after
+        :meth:`after`.
       examples: how many examples the batch has, by ``batch_argnums``; None without.
     """
 
@@ -47,10 +49,12 @@ class Curvature:
         params: chex.ArrayTree,
         statistics: dict[str, Statistics],
         batch: "_Batch",
+        grads: chex.ArrayTree | None = None,
     ):
         self.value = value
         self.params = params
         self.statistics = statistics
+        self.grads = grads
         self.examples = batch.examples
         self._batch = batch
 
@@ -78,7 +82,7 @@ class Curvature:
             return self
         offset = count % examples * STRIDE % examples
         batch = dataclasses.replace(self._batch, offset=offset)
-        return Curvature(self.value, self.params, self.statistics, batch)
+        return Curvature(self.value, self.params, self.statistics, batch, self.grads)
 
     @property
     def outputs(self) -> int:
@@ -88,6 +92,11 @@ class Curvature:
         """
         shapes = [mark.shape for mark in self._batch.marks]
         return sum(math.prod(shape[shape[:1] == (self.examples,) :]) for shape in shapes)
+
+    @property
+    def distributions(self) -> tuple[str | None, ...]:
+        """What the marks of the loss name."""
+        return tuple(mark.distribution for mark in self._batch.marks)
 
     @property
     def squared_norm(self) -> jax.Array:
@@ -186,7 +195,7 @@ class Curvature:
           with ``forward``.
         """
         check_rows(rows, "curvature.factor_statistics")
-        if any(mark.distribution for mark in self._batch.marks):
+        if any(self.distributions):
             key = bits_of(self.value) if key is None else key
             return self._batch.sampled(self.params, rows, as_key(key))
         positions = {layer.name: layer.positions for layer in self._batch.layers}
@@ -333,7 +342,7 @@ class ValueAndGrad:
         sums = self._with_inputs(sums, call, call.params, {})
         statistics = normalise(self.layers, call.params, sums, {})
         loss_value = value[0] if self.has_aux else value
-        return value, grads, Curvature(loss_value, call.params, statistics, _Batch(self, call))
+        return value, grads, Curvature(loss_value, call.params, statistics, _Batch(self, call), grads)
 
     def statistics(
         self,

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import add_diagonal, all_finite, ema
+from kfqn_optax._numerics import add_diagonal, all_finite, ema, safe_divide
 from kfqn_optax._sides import bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs
 from kfqn_optax._sides.side import Side
 
 FLOOR = 1e-6
 EVERY_STEP_AT_FIRST = 3
+OUTLIER = 10.0
 
 
 class FisherState(NamedTuple):
@@ -24,7 +25,8 @@ class FisherState(NamedTuple):
       second_moment: moving average of A, or of G. (d, d).
       factor: the inverse of it plus damping, as of the last time it was computed. (d, d).
       count: batches seen.
-      pairs: none are taken; ``skipped`` counts the inverses that were not finite or not positive.
+      pairs: none are taken; ``damped`` counts the batches that were scaled down, ``skipped`` the inverses
+        that were not finite or not positive.
     """
 
     second_moment: jax.Array
@@ -38,7 +40,9 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
 
     So S is the plain mean of the first batches. The inverse is computed in the first three steps, and
     then every ``inverse_every``. l is at least 1e-6 of the trace of S, for the sake of the Cholesky
-    factorisation. The statistics are those of ``curvature.factor_statistics``.
+    factorisation. The statistics are those of ``curvature.factor_statistics``; a batch's with a trace above
+    ten times that of S is scaled down to it, so that S forgets an outlier in a few batches, and follows a
+    lasting change nearly as fast.
 
     Args:
       moment_of: which statistic S is: A, the second moment of inputs, or G, that of the pre-activation
@@ -68,22 +72,31 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         seen = (state.count + 1).astype(old.dtype)
         return ema(old, new, jnp.minimum(decay, 1 - 1 / seen).astype(old.dtype))
 
+    def believed(state, moment):
+        """The part of a batch's moment that is taken, by its trace."""
+        most, trace = OUTLIER * jnp.trace(state.second_moment), jnp.trace(moment)
+        return jnp.where((most > 0) & (trace > most), safe_divide(most, trace), 1)
+
     def scale(state, statistics):
         """The mean diagonal element that S is about to have."""
         mean = lambda matrix: jnp.trace(matrix) / matrix.shape[0]
-        moment = mean(_moment(moment_of, statistics))
-        good = (statistics.rows > 0) & jnp.isfinite(moment)
-        old = mean(state.second_moment)
-        return jnp.where(good, averaged(state, old, moment), old)
+        moment = _moment(moment_of, statistics)
+        old, new = mean(state.second_moment), mean(moment)
+        good = (statistics.rows > 0) & jnp.isfinite(new)
+        return jnp.where(good, averaged(state, old, believed(state, moment) * new), old)
 
     def observe(state, statistics, damping):
         """A second moment with a bad element has one in that row's diagonal too."""
         del damping
         moment = _moment(moment_of, statistics)
         good = (statistics.rows > 0) & all_finite(jnp.diagonal(moment))
-        average = averaged(state, state.second_moment, moment)
+        part = believed(state, moment)
+        average = averaged(state, state.second_moment, part * moment)
+        counts = state.pairs.counts.at[1].add((good & (part < 1)).astype(jnp.int32))
         return state._replace(
-            second_moment=jnp.where(good, average, state.second_moment), count=state.count + good
+            second_moment=jnp.where(good, average, state.second_moment),
+            count=state.count + good,
+            pairs=state.pairs._replace(counts=counts),
         )
 
     def starting(state):

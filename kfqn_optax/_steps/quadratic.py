@@ -6,14 +6,16 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import ema, inner, safe_divide
 from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR = 0.75, 0.25
 FORGET = 0.9
-OUTPUTS, LEAST = 100_000, 125
+OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 LONGER, FORGET_LENGTH = 2.0, 0.8
+OUTLIER = 10.0
 
 
 class QuadraticState(NamedTuple):
@@ -62,17 +64,18 @@ def quadratic(
     coefficients are -Q^-1 r, with |mu| at most 1: an update is at most repeated or taken back. One
     direction alone is taken where the two are nearly parallel, and in the first step. There is no learning
     rate to choose: that of the transformation, usually 1, multiplies the step. No step is longer than
-    ``trust`` times the parameters, nor than twice the running mean of the lengths of those before: what a
+    ``trust`` times the parameters, nor than twice the last one or the running mean of those before: what a
     few examples say of a step that long is not to be believed of the others.
 
     The damping is lambda = damping scale level / |params|^2, with ``damping`` what the transformation was
-    given, ``level`` the running loss: it has the units of C, so that neither the loss's scale nor the
-    parameters' matters. ``scale`` starts at 1 and follows the model's success (Levenberg and Marquardt):
-    the loss is looked at where the step ends, and every ``every`` steps a ratio of actual to predicted
-    change above 3/4 multiplies it by rate^every, one below 1/4 divides it by that. So does a loss that is
-    larger on the new batches since the last look than on those before it, whatever the ratio: steps that
-    suit the batches they were made of and no other are of too small a damping. A step along which the
-    loss rose is shortened to the minimum of the parabola through what is known, half of it at most;
+    given, ``level`` the running loss, in which no batch counts for more than ten times as much: it has the
+    units of C, so that neither the loss's scale nor the parameters' matters. ``scale`` starts at 1 and
+    follows the model's success (Levenberg and Marquardt): the loss is looked at where the step ends, and
+    every ``every`` steps a ratio of actual to predicted change above 3/4 multiplies it by rate^every, one
+    below 1/4 divides it by that. So does a loss that is larger on the new batches since the last look than
+    on those before it, whatever the ratio: steps that suit the batches they were made of and no other are
+    of too small a damping. A step along which the loss rose is shortened to the minimum of the parabola
+    through what is known, half of it at most;
     one after which the loss is not finite is not made.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
@@ -86,9 +89,10 @@ def quadratic(
       trust: the longest step, as a part of the length of the parameters.
       rows: of how many examples C is taken and the loss looked at, the last ones of the batch, if
         ``value_and_grad`` knows by ``batch_argnums`` what an example is. None: of so many that the marked
-        outputs of these are 100,000 numbers, and of 125 at least; of all where the loss has no mark.
-        Examples with few outputs differ much in their curvature (that of a class known for certain is 0),
-        and too few of them make a model that takes steps far too long for the others.
+        outputs of these are 100,000 numbers, and of 125 at least; of 500 at most if all marks are
+        ``"normal"``; of all where the loss has no mark. Examples with few outputs differ much in their
+        curvature (that of a class known for certain is 0), and too few of them make a model that takes
+        steps far too long for the others.
 
     Example:
       >>> import jax.numpy as jnp, kfqn_optax as kfqn
@@ -110,14 +114,16 @@ def quadratic(
 
     def level_of(state, curvature):
         now = jnp.abs(jnp.asarray(curvature.value, jnp.float32))
-        return jnp.where(state.count == 0, now, ema(state.level, now, FORGET))
+        usual = jnp.where(state.level > 0, jnp.minimum(now, OUTLIER * state.level), now)
+        return jnp.where(state.count == 0, now, ema(state.level, usual, FORGET))
 
     def damping(state, given, curvature):
         return given * state.scale * safe_divide(level_of(state, curvature), curvature.squared_norm)
 
-    def longest_step(state, curvature):
+    def longest_step(state, curvature, last):
         of_params = trust * jnp.sqrt(curvature.squared_norm)
-        return jnp.where(state.length > 0, jnp.minimum(of_params, LONGER * state.length), of_params)
+        usual = LONGER * jnp.maximum(state.length, last)
+        return jnp.where(usual > 0, jnp.minimum(of_params, usual), of_params)
 
     def lengths(running, length):
         """The running mean, which no step of length 0 ends."""
@@ -127,7 +133,7 @@ def quadratic(
     def propose(state, proposal):
         curvature = proposal.curvature
         directions = [proposal.direction, state.last]
-        taken = _enough(curvature.outputs) if rows is None else rows
+        taken = _enough(curvature) if rows is None else rows
         forms = curvature.forms(directions, rows=taken)
         across = inner(*directions)
         first, second = (inner(u, u) for u in directions)
@@ -135,7 +141,7 @@ def quadratic(
         matrix = forms.matrix + proposal.damping * gram
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
         a, c = proposal.learning_rate, minimum(matrix, slopes)
-        longest, length = longest_step(state, curvature), jnp.sqrt(c @ gram @ c)
+        longest, length = longest_step(state, curvature, jnp.sqrt(second)), jnp.sqrt(c @ gram @ c)
         c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
         length = jnp.minimum(length, longest)
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
@@ -220,9 +226,12 @@ def shortened(slope: jax.Array, change: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(change) & (slope > 0), share, 0)
 
 
-def _enough(outputs: int) -> int | None:
-    """Of how many examples to take C, each of which has so many outputs; None for all."""
-    return max(LEAST, -(-OUTPUTS // outputs)) if outputs else None
+def _enough(curvature: Curvature) -> int | None:
+    """Of how many examples to take C; None for all."""
+    if not curvature.outputs:
+        return None
+    rows = max(LEAST, -(-OUTPUTS // curvature.outputs))
+    return min(rows, ALIKE) if set(curvature.distributions) == {"normal"} else rows
 
 
 def _wide(leaf: Any) -> Any:
