@@ -4,9 +4,8 @@ from kfqn_optax._alias import kbfgs as kbfgs
 from kfqn_optax._alias import kbfgs_l as kbfgs_l
 from kfqn_optax._alias import kfac as kfac
 from kfqn_optax._alias import kfqn as kfqn
+from kfqn_optax._capture.call import without_slots as without_slots
 from kfqn_optax._capture.curvature import Curvature as Curvature
-from kfqn_optax._capture.curvature import value_and_grad as value_and_grad
-from kfqn_optax._capture.curvature import without_slots as without_slots
 from kfqn_optax._capture.find_layers import find_layers as find_layers
 from kfqn_optax._capture.layers import Layer as Layer
 from kfqn_optax._capture.layers import Layers as Layers
@@ -15,6 +14,7 @@ from kfqn_optax._capture.nnx import merge as merge
 from kfqn_optax._capture.outputs import outputs as outputs
 from kfqn_optax._capture.quadratic import Forms as Forms
 from kfqn_optax._capture.tap import weights as weights
+from kfqn_optax._capture.value_and_grad import value_and_grad as value_and_grad
 from kfqn_optax._diagnostics import diagnostics as diagnostics
 from kfqn_optax._sides.bfgs import bfgs as bfgs
 from kfqn_optax._sides.block_inverse import block_inverse as block_inverse

@@ -44,15 +44,23 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "weight_decay": (lambda x: 0 <= x < inf, "at least 0 and finite"),
 }
 _MAY_BE_NONE = ("max_dim", "others_decay", "rows", "statistics_rows", "step_rule")
+_SCHEDULED = ("damping", "learning_rate", "probe_step")
 _STATIC = ("directions", "groups", "max_dim", "memory", "rows", "statistics_rows")
 
 
 def check_constants(*, call: str = "kfqn", **constants: Any) -> None:
     """Raise ``ValueError`` for a constant out of its range.
 
-    Schedules, and values that are only known at run time, pass; but not as a length of an array.
+    Values that are only known at run time pass; but not as a length of an array. So do schedules of what
+    may have one.
     """
     for name, value in constants.items():
+        if callable(value) and name not in _SCHEDULED:
+            shown = getattr(value, "__name__", type(value).__name__)
+            raise TypeError(
+                f"{call}: {name} is the function {shown}, but it must be {_RANGES[name][1]}. Schedules"
+                f" are for {', '.join(_SCHEDULED)}; a step rule is what kfqn.quadratic() returns."
+            )
         if not callable(value) and not (value is None and name in _MAY_BE_NONE):
             _check(call, name, value)
 

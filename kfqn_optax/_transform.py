@@ -380,6 +380,7 @@ def _observe(
     examples = curvature.examples
     if examples is None:
         examples = max_rows(present, batch.before)
+    examples = examples * curvature.devices
     decay = 0.0 if method.others_decay is None else method.others_decay
     rest = others.observe(state.others, present, grads, batch.sampled, examples, sane, decay)
     return sides, rest
@@ -547,7 +548,7 @@ def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
     return jnp.where(slope < 0, matrix, direction)
 
 
-def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree, chex.Numeric]:
+def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:
     """The gradient before it was scaled or clipped, masked as ``updates``, and its norm over theirs."""
     raw = jax.tree.map(
         lambda u, g: u if is_masked(u) else g,
@@ -560,7 +561,7 @@ def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree,
         jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(raw)),
     )
     if all(u is g for u, g in zip(given, jax.tree.leaves(raw), strict=True)):
-        return updates, 1
+        return updates, jnp.ones([])
     norm = lambda tree: jnp.sqrt(inner(tree, tree))
     return raw, safe_divide(norm(raw), norm(updates))
 

@@ -7,8 +7,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._capture.curvature import ValueAndGrad
 from kfqn_optax._capture.nnx import as_arrays, assign, is_model, jit_with_models
+from kfqn_optax._capture.value_and_grad import ValueAndGrad
 from kfqn_optax._sides.hessian_action import GIVEN, HessianActionState
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 

@@ -125,7 +125,7 @@ def test_layers_of_a_model_with_other_shapes():
     [
         (lambda params: {"encoder": params, "decoder": init(Other())}, "'encoder'"),
         (lambda params: (init(Other()), params), "'1'"),
-        (lambda params: {"params": params}, "'params'"),
+        (lambda params: {"autoencoder": params}, "'autoencoder'"),
     ],
 )
 def test_layers_of_one_model_for_parameters_of_several(nest, key):
@@ -384,3 +384,81 @@ def test_warm_start_with_fewer_layers_than_the_optimizer():
     opt_state = kfqn.kbfgs(0.1, layers).init(params)
     with says(ValueError, "kfqn.warm_start", "blocks_1", "same layers"):
         kfqn.warm_start(opt_state, kfqn.value_and_grad(case.loss, fewer), params, [x])
+
+
+# -------------------------------------------------------------------------------------------- another state
+
+WIDE = init(Wider())
+
+
+def updated_with(tx, state):
+    def update(params):
+        _, grads, curvature = VALUE_AND_GRAD(params, X)
+        return tx.update(grads, state, params, curvature=curvature)
+
+    return traced(update, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("other", "parts"),
+    [
+        (lambda: kfqn.kfac(1.0, LAYERS), ("step rule", "QuadraticState")),
+        (lambda: kfqn.kbfgs_l(0.1, LAYERS, memory=3), ("output side of", "(3,")),
+        (lambda: kfqn.kbfgs(0.1, LAYERS, momentum=0.0), ("momentum", "empty")),
+        (lambda: kfqn.kbfgs(0.1, LAYERS, step_rule=None), ("step rule",)),
+    ],
+    ids=["method", "memory", "momentum", "rule"],
+)
+def test_the_state_of_another_method(other, parts):
+    with says(ValueError, "kfqn: update was given a state", *parts, "init(params)"):
+        updated_with(kfqn.kbfgs(0.1, LAYERS), other().init(PARAMS))
+
+
+def test_the_state_of_another_memory():
+    state = kfqn.kbfgs_l(0.1, LAYERS, memory=4).init(PARAMS)
+    with says(ValueError, "kfqn: update was given a state", "(4,", "(5,"):
+        updated_with(kfqn.kbfgs_l(0.1, LAYERS, memory=5), state)
+
+
+def test_the_state_of_a_model_of_another_width():
+    layers = kfqn.find_layers(Wider(), {"params": WIDE}, X)
+    with says(ValueError, "kfqn: update was given a state", "(9, 2)", "(3, 2)"):
+        updated_with(kfqn.kfac(0.1, LAYERS), kfqn.kfac(0.1, layers).init(WIDE))
+
+
+def test_what_is_no_state_of_ours():
+    tx = kfqn.kbfgs(0.1, LAYERS)
+    with says(ValueError, "kfqn: update was given a state of type", "init(params)"):
+        updated_with(tx, (optax.EmptyState(), *tx.init(PARAMS)[1:]))
+
+
+# ------------------------------------------------------------------------------------------- further calls
+
+
+@pytest.mark.parametrize("name", ["momentum", "decay", "mu1", "update_every", "weight_decay"])
+def test_a_schedule_for_what_has_none(name):
+    with says(TypeError, f"kfqn: {name} is the function", "Schedules are for damping, learning_rate"):
+        kfqn.kbfgs(0.1, LAYERS, **{name: lambda count: 0.5})
+
+
+@pytest.mark.parametrize("rule", [kfqn.measured, kfqn.quadratic, kfqn.StepRule])
+def test_a_step_rule_that_was_not_called(rule):
+    with says(TypeError, f"step_rule is the function {rule.__name__}", "kfqn.quadratic()"):
+        kfqn.kfac(1.0, LAYERS, step_rule=rule)
+
+
+def test_a_floor_above_the_ceiling():
+    with says(ValueError, "kfqn.quadratic: floor=2 is above ceiling=1"):
+        kfqn.quadratic(floor=2, ceiling=1)
+
+
+@pytest.mark.parametrize("call", [lambda p: VALUE_AND_GRAD(p, X), kfqn.kfac(1.0, LAYERS).init])
+def test_variables_in_the_place_of_parameters(call):
+    with says(ValueError, "kfqn", "variables['params']"):
+        traced(call, {"params": PARAMS})
+
+
+def test_layers_are_static_arguments():
+    same = kfqn.find_layers(MODEL, {"params": PARAMS}, X)
+    assert same == LAYERS
+    assert hash(same) == hash(LAYERS)

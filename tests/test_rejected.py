@@ -1,5 +1,7 @@
 """A step that is left out changes no parameter, whatever comes after the direction in the chain."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -94,3 +96,37 @@ def test_parameters_that_start_at_zero_are_trained():
         params, state, value = step(params, state)
         losses.append(float(value))
     assert losses[-1] < 1e-3 * losses[0]
+
+
+SECANT = {
+    "kbfgs": kfqn.kbfgs,
+    "kbfgs_l": functools.partial(kfqn.kbfgs_l, memory=3),
+    "kfqn": kfqn.kfqn,
+}
+
+
+@pytest.mark.parametrize("method", SECANT.values(), ids=SECANT)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_no_leaf_of_the_state_changes_where_the_second_pass_overflows(method, momentum):
+    """The loss is finite where the step starts, and not where it ends."""
+    overflowing = lambda params, x: jnp.cosh(model.apply({"params": params}, x)).mean()
+    value_and_grad = kfqn.value_and_grad(overflowing, layers)
+
+    @quick_jit
+    def step(params, state, rate):
+        tx = method(rate, layers, step_rule=None, momentum=momentum)
+        _, grads, curvature = value_and_grad(params, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    params, state = start, method(0.1, layers, step_rule=None, momentum=momentum).init(start)
+    for _ in range(2):
+        params, state = step(params, state, 1e-3)
+    before = state[0]
+    same, state = step(params, state, 1e9)
+    after = state[0]
+    assert (after.count, after.rejected, after.share) == (3, before.rejected + 1, 0)
+    counts = dict(count=before.count, rejected=before.rejected, share=before.share, damping=before.damping)
+    assert_same(after._replace(**counts), before)
+    assert_same(same, params)
+    assert not jnp.array_equal(jax.tree.leaves(step(params, state, 1e-3)[0])[0], jax.tree.leaves(params)[0])

@@ -150,6 +150,9 @@ class Layers:
     others: tuple[tuple[Path, tuple[int, ...], str], ...]
     model: str
 
+    def __hash__(self) -> int:
+        return hash((self.model, *(layer.name for layer in self.found)))
+
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.found)
 
@@ -334,7 +337,9 @@ def _not_there(
     shown = ["/".join(leaf) for leaf in present][:8]
     nested = [leaf[: -len(path)] for leaf in present if leaf[-len(path) :] == path]
     remedy = "Call find_layers on the model whose parameters loss_fn takes."
-    if nested and nested[0]:
+    if nested and nested[0] == ("params",):
+        remedy = "These are the variables of the model: pass variables['params']."
+    elif nested and nested[0]:
         remedy = (
             f"The same path is there below {'/'.join(nested[0])!r}: join each model's layers with"
             f" kfqn.join_layers({{{nested[0][0]!r}: layers, ...}})."

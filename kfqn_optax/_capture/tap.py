@@ -32,7 +32,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -375,7 +375,22 @@ def _tap_backward(axes, residuals, cotangent):
         rows = rows.reshape([g.shape[i] for i in axes.rows] + [groups, out_dim])
         moment = jnp.einsum("...gi,...gj->gij", rows, rows, precision="highest")
         slot_grads["grad_moment"] = moment.reshape(ours["grad_moment"].shape)
+    slot_grads = {key: _as_varying(value, ours["grads"]) for key, value in slot_grads.items()}
     return cotangent, slot_grads, jax.tree.map(jnp.zeros_like, sums)
+
+
+def _as_varying(array: jax.Array, like: jax.Array) -> jax.Array:
+    """The sum over the axes of a ``jax.shard_map`` along which ``array`` varies and ``like`` does not.
+
+    So are the cotangents of whatever does not vary.
+    """
+    axes = varying(array) - varying(like)
+    return jax.lax.psum(array, tuple(axes)) if axes else array
+
+
+def varying(array: jax.Array) -> frozenset[str]:
+    kind: Any = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # until and since JAX 0.10
 
 
 _tap.defvjp(_tap_forward, _tap_backward)

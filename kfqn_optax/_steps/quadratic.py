@@ -103,6 +103,8 @@ def quadratic(
     their damping has no units, they do not limit the step's length nor look at new batches.
     """
     check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust, rows=rows)
+    if floor > ceiling:
+        raise ValueError(f"kfqn.quadratic: floor={floor!r} is above ceiling={ceiling!r}. Lower the floor.")
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)

@@ -72,3 +72,19 @@ def test_the_damping_has_a_floor():
     state = fisher.observe(fisher.init(D, jnp.float64), statistics(moment), 0.0)
     np.testing.assert_allclose(fisher.matrix(state, 0.0), moment + 1e-6 * np.trace(moment) * np.eye(D))
     np.testing.assert_allclose(fisher.matrix(state, 0.5), moment + 0.5 * np.eye(D))
+
+
+def test_an_outlier_counts_for_ten_times_the_average_and_is_counted():
+    fisher, one = side(), np.eye(D)
+    state = fisher.init(D, jnp.float64)
+    for _ in range(8):
+        state = fisher.observe(state, statistics(one), 0.1)
+    outlier = statistics(1e12 * np.diag([1.0, 0, 0, 0]))
+    expected = DECAY * one + (1 - DECAY) * np.diag([10.0 * D, 0, 0, 0])
+    np.testing.assert_allclose(fisher.scale(state, outlier), np.trace(expected) / D)
+    state = fisher.observe(state, outlier, 0.1)
+    np.testing.assert_allclose(state.second_moment, expected)
+    np.testing.assert_array_equal(state.pairs.counts, [0, 1, 0])
+    for _ in range(30):
+        state = fisher.observe(state, statistics(1e6 * one), 0.1)
+    np.testing.assert_allclose(state.second_moment, 1e6 * one, rtol=0.01, atol=1e3)

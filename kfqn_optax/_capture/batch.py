@@ -1,0 +1,122 @@
+"""The batch of one call, which can be asked for more at any parameters."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from kfqn_optax._capture.call import Call, slots_of
+from kfqn_optax._capture.examples import count_examples, take
+from kfqn_optax._capture.layers import Layers
+from kfqn_optax._capture.loss import Loss
+from kfqn_optax._capture.nnx import copier
+from kfqn_optax._capture.outputs import Mark, finding, sampling
+from kfqn_optax._capture.quadratic import has_loop
+from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
+
+PROBES = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """The batch of one call, at any parameters: what a :class:`Curvature` and those after it ask."""
+
+    owner: Loss
+    call: Call
+    offset: jax.Array | None = None
+
+    @property
+    def layers(self) -> Layers:
+        return self.owner.layers
+
+    @property
+    def examples(self) -> int | None:
+        return count_examples(self.owner.batch_argnums, self.call.args)
+
+    @property
+    def marks(self) -> list[Mark]:
+        """The marks of the loss."""
+        return self._traced[0]
+
+    @property
+    def looped(self) -> bool:
+        """Whether there is a loop in the loss."""
+        return self._traced[1]
+
+    @functools.cached_property
+    def _traced(self) -> tuple[list[Mark], bool]:
+        """The loss is traced for it, and not run."""
+        loss = lambda: self.call.value(self.owner.loss_fn, self.call.params, self.owner.has_aux)
+        with finding() as met:
+            program = jax.make_jaxpr(loss)()
+        return met, has_loop(program)
+
+    def loss(self, rows: int | None) -> Callable[[chex.ArrayTree], jax.Array]:
+        """The loss of the last examples as a function of the parameters."""
+        call = self._part(rows, last=True)
+        return lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
+
+    def statistics(
+        self, params: chex.ArrayTree, vectors: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, Statistics]]:
+        """The loss and the statistics of the whole batch."""
+        owner = self.owner
+        slots = slots_of(self.layers, vectors)
+        value, sums = self.call.slot_grads(owner.tapped(owner.loss_fn), params, slots, owner.has_aux)
+        sums = owner.with_inputs(sums, self.call, params, vectors)
+        value, sums = owner.mean((value, sums))
+        return value, normalise(self.layers, params, sums, vectors)
+
+    def sampled(
+        self, params: chex.ArrayTree, rows: int | None, key: jax.Array
+    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+        """The statistics of sampled gradients on the first examples, and these gradients."""
+        call = self._part(rows, last=False)
+
+        def sums_of(key):
+            tapped = self.owner.tapped(self._psi(key))
+            return call.all_grads(tapped, params, slots_of(self.layers, {}))
+
+        if self.owner.forward is None:
+            grads, sums = self.owner.mean(sums_of(key))
+            # Drawn apart on each device: their mean has the variance of one part in so many.
+            grads = jax.tree.map(lambda g: math.sqrt(self.owner.devices) * g, grads)
+            return normalise(self.layers, params, sums, {}, sampled=True), grads
+        drawn = jax.vmap(sums_of)(jax.random.split(key, PROBES))[1]
+        sums = self.owner.with_inputs(jax.tree.map(lambda leaf: leaf.mean(0), drawn), call, params, {})
+        sums = self.owner.mean(sums)
+        statistics = normalise(self.layers, params, sums, {})
+        for layer in self.layers:
+            if "grad_moment" in layer.slot_shapes:
+                totals = jax.vmap(lambda grads, layer=layer: of_copies(layer, grads, layer.out_dim))(
+                    drawn[layer.name]["grads"]
+                )
+                moment = jnp.einsum("p...i,p...j->...ij", totals, totals, precision="highest") / PROBES
+                moment = self.owner.mean(moment)
+                statistics[layer.name] = statistics[layer.name]._replace(grad_moment=moment)
+        return statistics, None
+
+    def _psi(self, key: jax.Array) -> Callable[..., jax.Array]:
+        """The derivative of the loss along random shifts of its marked arrays."""
+
+        def psi(*args: Any, **kwargs: Any) -> jax.Array:
+            copied = copier((args, kwargs))
+
+            def shifted(t):
+                args, kwargs = copied()
+                with sampling(t, key):
+                    value = self.owner.loss_fn(*args, **kwargs)
+                return value[0] if self.owner.has_aux else value
+
+            return jax.grad(shifted)(jnp.zeros([]))
+
+        return psi
+
+    def _part(self, rows: int | None, last: bool) -> Call:
+        args = take(self.owner.batch_argnums, self.call.args, self.examples, rows, last, self.offset)
+        return self.call if args is self.call.args else self.call.with_args(args)

@@ -1,0 +1,107 @@
+"""A loss with what the capture has to know of it: its layers, its arguments, the axis of its devices."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from kfqn_optax._capture.call import Call, TreeCall, slots_of
+from kfqn_optax._capture.examples import count_examples
+from kfqn_optax._capture.layers import Layers, check_parameters
+from kfqn_optax._capture.linen import tapping
+from kfqn_optax._capture.nnx import ModelCall, is_model, is_state
+from kfqn_optax._capture.nnx import tapping as nnx_tapping
+from kfqn_optax._capture.tap import SLOT
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a static argument of a jitted function
+class Loss:
+    """A loss of a model whose layers are known; the fields are the arguments of :func:`value_and_grad`."""
+
+    loss_fn: Callable[..., Any]
+    layers: Layers
+    has_aux: bool = False
+    forward: Callable[..., Any] | None = None
+    batch_argnums: tuple[int, ...] = ()
+    axis_name: str | tuple[str, ...] | None = None
+
+    def mean(self, tree: Any) -> Any:
+        """The mean over ``axis_name``, if there is one."""
+        return jax.lax.pmean(tree, self.axis_name) if self.devices > 1 else tree
+
+    @property
+    def devices(self) -> int:
+        """How many parts ``axis_name`` has."""
+        if self.axis_name is None:
+            return 1
+        try:
+            return jax.lax.psum(1, self.axis_name)
+        except NameError:
+            raise ValueError(
+                f"kfqn.value_and_grad: axis_name={self.axis_name!r}, but there is no such axis where it is"
+                " called. Call it inside the jax.pmap, jax.vmap or jax.shard_map that names the axis."
+            ) from None
+
+    def call(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        make = ModelCall if is_model(params) else TreeCall
+        call = make(self.layers, params, args, kwargs)
+        check_parameters(self.layers, call.params, "kfqn.value_and_grad")
+        count_examples(self.batch_argnums, args)
+        return call
+
+    def with_inputs(self, sums, call, params, vectors):
+        """The sums, those of inputs replaced by what the plain forward pass gives, if there is one."""
+        if self.forward is None:
+            return sums
+        forward = self.forward
+
+        def total(params, *args, **kwargs):
+            return sum(leaf.sum() for leaf in jax.tree.leaves(forward(params, *args, **kwargs)))
+
+        tapped = self.tapped(total, bias_only=False)
+        _, plain = call.slot_grads(tapped, params, slots_of(self.layers, vectors), False)
+        for name, sum_of in plain.items():
+            sum_of.pop("grad_moment", None)  # of the forward pass's own outputs, not of the loss
+            sum_of["grads"] = sums[name]["grads"]
+        return plain
+
+    def tapped(self, loss_fn: Callable[..., Any], bias_only: bool | None = None) -> Callable[..., Any]:
+        bias_only = self.forward is not None if bias_only is None else bias_only
+
+        def loss(*args, **kwargs):
+            try:
+                with tapping(bias_only), nnx_tapping(bias_only):
+                    return loss_fn(*args, **kwargs)
+            except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+                if SLOT in str(error):
+                    error.add_note(_SLOT_NOTE)
+                elif is_forward_mode(error):
+                    error.add_note(_FORWARD_NOTE)
+                elif "leaves" in str(error) and any(map(is_state, jax.tree.leaves(args, is_leaf=is_state))):
+                    error.add_note(_MERGE_NOTE)
+                raise
+
+        return loss
+
+
+def is_forward_mode(error: Exception) -> bool:
+    """Whether the error is that of forward mode through a rule of reverse mode."""
+    text = str(error)
+    return ("forward-mode" in text and "custom_vjp" in text) or "custom_lin" in text
+
+
+_MERGE_NOTE = (
+    "kfqn.value_and_grad hands loss_fn the parameters with a slot beside each layer's kernel, which"
+    " nnx.merge does not know. Inside loss_fn write kfqn.merge(graphdef, params, rest) in its place."
+)
+_FORWARD_NOTE = (
+    "kfqn.value_and_grad: loss_fn differentiates the model in forward mode (jax.jvp, jax.hessian,"
+    " jax.jacfwd). Tell it how to apply the model plainly, on the inputs whose statistics matter:"
+    " kfqn.value_and_grad(loss_fn, layers, forward=lambda params, *args: model.apply(...))."
+)
+_SLOT_NOTE = (
+    f"kfqn.value_and_grad hands loss_fn the parameters with an entry {SLOT!r} of zeros beside each"
+    " layer's kernel, so their tree is not that of the parameters you keep. Inside loss_fn, combine"
+    " parameters with another tree only after params = kfqn.without_slots(params)."
+)
