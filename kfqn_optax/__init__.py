@@ -13,6 +13,7 @@ from kfqn_optax._capture.layers import join_layers as join_layers
 from kfqn_optax._capture.nnx import merge as merge
 from kfqn_optax._capture.outputs import outputs as outputs
 from kfqn_optax._capture.quadratic import Forms as Forms
+from kfqn_optax._capture.statistics import Statistics as Statistics
 from kfqn_optax._capture.tap import weights as weights
 from kfqn_optax._capture.value_and_grad import value_and_grad as value_and_grad
 from kfqn_optax._diagnostics import diagnostics as diagnostics
@@ -22,6 +23,7 @@ from kfqn_optax._sides.damping import double_damping as double_damping
 from kfqn_optax._sides.damping import dp_dlm as dp_dlm
 from kfqn_optax._sides.diagonal import diagonal as diagonal
 from kfqn_optax._sides.factor import InverseFactor as InverseFactor
+from kfqn_optax._sides.factor import PairCounts as PairCounts
 from kfqn_optax._sides.fisher import fisher as fisher
 from kfqn_optax._sides.group_secant import group_secant as group_secant
 from kfqn_optax._sides.hessian_action import hessian_action as hessian_action

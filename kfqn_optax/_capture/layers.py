@@ -38,12 +38,15 @@ class Layer:
       use_bias: whether the layer adds a bias.
       positions: T, at how many places a convolution applies its kernel to one example; 1 otherwise.
       stack: lengths of the axes over which independent copies of the layer are stacked.
-      kernel_axes, bias_axes, slot_axes: where those axes are in the kernel, the bias and the slot.
+      kernel_axes: where those axes are in the kernel.
+      bias_axes: where they are in the bias.
+      slot_axes: where they are in the slot.
       kernel_name: the name of the kernel among the layer's parameters.
       kernel_split: the shape of one copy of the kernel with groups on an axis of their own.
       kernel_order: the order of its axes that puts groups first, then inputs, then outputs.
       bias_order: the same for the bias: groups first, then outputs.
-      kernel_shape, bias_shape: shapes of the parameters, stacked axes included.
+      kernel_shape: the shape of the kernel, stacked axes included.
+      bias_shape: that of the bias; None without one.
       slot_shapes: shapes of the slot's leaves, stacked axes included (see ``tap.py``).
       dtype: dtype of the statistics and factors, float32 or wider.
     """
