@@ -1,6 +1,7 @@
 """Tests for eight devices; ``test_devices.py`` runs them where that many can be simulated."""
 
 import contextlib
+import functools
 
 import flax.linen as nn
 import jax
@@ -24,7 +25,6 @@ METHODS = {
     "kbfgs_l": lambda layers, **options: kfqn.kbfgs_l(0.3, layers, memory=9, **options),
     "kfqn": lambda layers, **options: kfqn.kfqn(0.3, layers, **options),
 }
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 WEIGHTS = np.repeat([1.0, 0.0], [24, 8])
 
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
 class Net(nn.Module):
     """Sides that eight does not divide, and as many stacked layers as devices."""
 
-    width: int = 11
+    width: int = 21
 
     @nn.compact
     def __call__(self, x):
@@ -54,8 +54,8 @@ def _float64():
 
 
 class Problem:
-    def __init__(self, width=11, **settings):
-        model = Net(width)
+    def __init__(self):
+        model = Net()
         self.x = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 9)))
         self.params = quick_jit(model.init)(jax.random.key(1), self.x)["params"]
         self.layers = kfqn.find_layers(model, {"params": self.params}, self.x)
@@ -101,15 +101,20 @@ def share(state):
     )
 
 
-@every_method
-def test_each_device_holds_its_share_of_the_factors(method):
-    problem = Problem(width=43)
-    expected, _ = problem.train(method(problem.layers))
-    assert expected[-1] < expected[0]
-    mesh = MESHES[AxisType.Auto]
-    losses, state = problem.train(method(problem.layers, factor_mesh=mesh), mesh)
-    np.testing.assert_allclose(losses, expected, rtol=1e-9)
-    assert share(state) < 1.2 / DEVICES
+@functools.cache
+def on_one_device(name):
+    problem = Problem()
+    losses, _ = problem.train(METHODS[name](problem.layers))
+    assert losses[-1] < losses[0]
+    return losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_device_holds_its_share_of_the_factors(name):
+    problem, mesh = Problem(), MESHES[AxisType.Auto]
+    losses, state = problem.train(METHODS[name](problem.layers, factor_mesh=mesh), mesh)
+    np.testing.assert_allclose(losses, on_one_device(name), rtol=1e-9)
+    assert share(state) < 1.4 / DEVICES
 
 
 def test_a_warm_start_of_divided_factors():
@@ -119,18 +124,9 @@ def test_a_warm_start_of_divided_factors():
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
 
 
-def test_groups_that_start_from_gradients_and_are_divided():
-    problem, mesh = Problem(), MESHES[AxisType.Auto]
-    problem.value_and_grad = kfqn.value_and_grad(problem.value_and_grad.loss_fn, problem.layers, groups=4)
-    options = dict(groups=4, start="gradients")
-    expected, _ = problem.train(METHODS["kbfgs"](problem.layers, **options))
-    losses, _ = problem.train(METHODS["kbfgs"](problem.layers, factor_mesh=mesh, **options), mesh)
-    np.testing.assert_allclose(losses, expected, rtol=1e-9)
-
-
 def of_outputs(leaf):
     """Tensor parallel: the last layer's kernel divided by its outputs."""
-    return PartitionSpec(None, "d") if leaf.shape == (11, 8) else PartitionSpec()
+    return PartitionSpec(None, "d") if leaf.shape == (21, 8) else PartitionSpec()
 
 
 def of_layers(leaf):
@@ -151,11 +147,10 @@ def of_layers(leaf):
 )
 def test_placements_change_nothing(name, kind, divide, spec_of):
     problem, mesh = Problem(), MESHES[kind]
-    expected, _ = problem.train(METHODS[name](problem.layers))
     tx = METHODS[name](problem.layers, factor_mesh=mesh if divide else None)
     losses, state = problem.train(tx, mesh, spec_of)
-    np.testing.assert_allclose(losses, expected, rtol=1e-9)
-    assert not divide or share(state) < 2 / DEVICES
+    np.testing.assert_allclose(losses, on_one_device(name), rtol=1e-9)
+    assert not divide or share(state) < 1.4 / DEVICES
 
 
 def test_a_mesh_that_is_none():
