@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfqn_optax import _usual as usual
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.layers import Layer, Layers, get_matrices, is_masked, layers_within, set_matrices
 from kfqn_optax._capture.nnx import as_arrays
@@ -40,11 +41,14 @@ class ScaleByKfqnState(NamedTuple):
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
       others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
+      usual: what batches usually are like, with momentum or a second pass; empty otherwise. One that is ten
+        times as large is left out.
       rule: what the step rule keeps.
       damping: the damping of the last step that was not left out for its batch.
       share: the part of the proposed step that was made in the last update.
-      rejected: how many steps were left out because the loss, a gradient, the direction, or the loss or
-        statistics after the step were not finite, or what a schedule gave: a learning rate that is not
+      rejected: how many steps were left out: because the loss, a gradient, the direction, or the loss or
+        statistics after the step were not finite; because the batch was far from what is usual, or the loss
+        after the step far above that before; or for what a schedule gave, a learning rate that is not
         finite, a damping that is not positive and finite. Their update was zero.
     """
 
@@ -53,6 +57,7 @@ class ScaleByKfqnState(NamedTuple):
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     others: others.OthersState | tuple[()]
+    usual: usual.UsualState | tuple[()]
     rule: Any
     damping: jax.Array
     share: jax.Array
@@ -214,6 +219,7 @@ def scale_by_kfqn(
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
+        usually, sane = _usual(state.usual, curvature, updates, sane)
         sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
@@ -241,7 +247,7 @@ def scale_by_kfqn(
         )
         share, rule_state = method.rule.review(rule_state, outcome)
         rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
-        accept = outcome.sane & (share > 0)
+        accept = outcome.sane & (share > 0) & ~_far(state.usual, outcome)
         learnt = (() if method.without_momentum else average, sides.inputs, sides.outputs, rest)
         before = (state.momentum, state.inputs, state.outputs, state.others)
         if method.second_pass:
@@ -254,6 +260,7 @@ def scale_by_kfqn(
             inputs=_divided(method, present, inputs),
             outputs=_divided(method, present, outputs),
             others=rest,
+            usual=usually,
             rule=select(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
@@ -278,6 +285,7 @@ def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),
         others=others.init(present, params) if method.others_decay is not None and rest else (),
+        usual=usual.init() if method.second_pass or not method.without_momentum else (),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),
@@ -311,6 +319,25 @@ def _whole(method: _Method, present: Layers, state: ScaleByKfqnState) -> ScaleBy
         for kept, new in ((state.inputs, _input_states), (state.outputs, _output_states))
     )
     return state._replace(inputs=inputs, outputs=outputs)
+
+
+def _usual(
+    state: usual.UsualState | tuple[()], curvature: Curvature, grads: chex.ArrayTree, sane: jax.Array
+) -> tuple[usual.UsualState | tuple[()], jax.Array]:
+    """What is usual after this batch, and whether the batch is both sane and not far from it."""
+    if not isinstance(state, usual.UsualState):
+        return (), sane
+    sizes = usual.sizes_of(curvature.value, grads, curvature.statistics.values())
+    state, outlier = usual.observe(state, sizes, sane)
+    return state, sane & ~outlier
+
+
+def _far(state: usual.UsualState | tuple[()], outcome: Outcome) -> jax.Array:
+    """Whether the loss after the step is far above that before."""
+    if not isinstance(state, usual.UsualState):
+        return jnp.asarray(False)
+    most = usual.OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(outcome.value))
+    return outcome.known & (outcome.value_after - outcome.value > most)
 
 
 def _learn(
