@@ -44,6 +44,7 @@ def kbfgs(
     start: str = "identity",
     max_dim: int | None = None,
     factor_dtype: Any = None,
+    factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """K-BFGS: Kronecker-factored BFGS with Hessian-action and double damping.
@@ -82,6 +83,8 @@ def kbfgs(
       max_dim: a side longer than this gets a factor of limited memory instead of a square one; None for
         8192.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
+      factor_mesh: each device of this mesh holds, and updates, its share of the factors; None for all on
+        every device. A ``jax.sharding.Mesh``.
       precision: precision of the factor algebra, as in ``jax.default_matmul_precision``.
 
     Returns:
@@ -126,6 +129,7 @@ def kbfgs(
         update_every=update_every,
         others_decay=others_decay,
         factor_dtype=factor_dtype,
+        factor_mesh=factor_mesh,
         precision=precision,
     )
 
@@ -147,6 +151,7 @@ def kbfgs_l(
     others_decay: float | None = 0.95,
     max_dim: int | None = None,
     factor_dtype: Any = None,
+    factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """K-BFGS(L): :func:`kbfgs` with a limited-memory H_g, from the last ``memory`` damped pairs.
@@ -159,7 +164,7 @@ def kbfgs_l(
       limited_inputs: make H_a of limited memory too, with the minibatch action of :func:`kfqn`, so that
         no square factor is stored at all.
       damping, step_rule, momentum, decay, mu1, weight_decay, mask, update_every, others_decay,
-        max_dim, factor_dtype, precision: as for :func:`kbfgs`.
+        max_dim, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -195,6 +200,7 @@ def kbfgs_l(
         update_every=update_every,
         others_decay=others_decay,
         factor_dtype=factor_dtype,
+        factor_mesh=factor_mesh,
         precision=precision,
     )
 
@@ -216,6 +222,7 @@ def kfqn(
     start: str = "identity",
     max_dim: int | None = None,
     factor_dtype: Any = None,
+    factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """KF-QN: the cheaper variant, for convolutions and wide layers; no A is formed or stored.
@@ -229,7 +236,7 @@ def kfqn(
       layers: what :func:`find_layers` returned.
       damping: lambda > 0, without an upper limit here. A number or a schedule.
       step_rule, momentum, decay, mu1, weight_decay, mask, update_every, others_decay, groups,
-        start, max_dim, factor_dtype, precision: as for :func:`kbfgs`.
+        start, max_dim, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -260,6 +267,7 @@ def kfqn(
         update_every=update_every,
         others_decay=others_decay,
         factor_dtype=factor_dtype,
+        factor_mesh=factor_mesh,
         precision=precision,
     )
 
@@ -278,6 +286,7 @@ def kfac(
     mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
     max_dim: int | None = None,
     factor_dtype: Any = None,
+    factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """Kronecker factors of the Gauss-Newton matrix, and the step of a quadratic model: the default method.
@@ -307,7 +316,7 @@ def kfac(
         if ``value_and_grad`` has ``batch_argnums``; None for all.
       weight_decay: decoupled weight decay, as in ``optax.adamw``: multiplied by the learning rate, which is
         a thousand times Adam's here.
-      mask, factor_dtype, precision: as for :func:`kbfgs`.
+      mask, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
       max_dim: sides longer than this: inputs get the diagonal of A, outputs no H_g. None for 8192.
 
     Returns:
@@ -365,6 +374,7 @@ def kfac(
         learn_every=inverse_every,
         statistics_rows=statistics_rows,
         factor_dtype=factor_dtype,
+        factor_mesh=factor_mesh,
         precision=precision,
     )
 

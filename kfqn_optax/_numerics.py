@@ -9,6 +9,8 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 
+from kfqn_optax._meshes import in_any_mesh
+
 
 def safe_divide(numerator: chex.Numeric, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator``, and 0 where the denominator is 0."""
@@ -22,14 +24,22 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
     Both survive a sum, which is one pass over each leaf. (So does an overflow of the sum itself, at
     numbers no use could be made of.)
     """
-    (leaves,) = pooled(tree)
-    return jnp.isfinite(sum((leaf.sum() for leaf in leaves), start=jnp.zeros([])))
+
+    def total(tree):
+        (leaves,) = pooled(tree)
+        return sum((leaf.sum() for leaf in leaves), start=jnp.zeros([]))
+
+    return jnp.isfinite(in_any_mesh(total, tree))
 
 
 def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
     """<a, b> over all leaves of two trees of the same shapes."""
-    pairs = zip(*pooled(a, b), strict=True)
-    return sum((jnp.vdot(x, y).real for x, y in pairs), start=jnp.zeros([]))
+
+    def total(a, b):
+        pairs = zip(*pooled(a, b), strict=True)
+        return sum((jnp.vdot(x, y).real for x, y in pairs), start=jnp.zeros([]))
+
+    return in_any_mesh(total, a, b)
 
 
 def pooled(*trees: chex.ArrayTree) -> list[list[jax.Array]]:

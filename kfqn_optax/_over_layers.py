@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._capture.layers import Layer, Layers
+from kfqn_optax._divided import over_devices
 from kfqn_optax._sides.inverse import BLOCK, inverse
 from kfqn_optax._sides.side import Side
 
@@ -54,11 +55,11 @@ def _over_copies(layer: Layer, argument: Any) -> Any:
     )
 
 
-def inverses(tree: Any) -> Any:
+def inverses(tree: Any, mesh: jax.sharding.Mesh | None = None) -> Any:
     """The inverses of all matrices (..., d, d) of a tree.
 
     They are grown to multiples of 64 rows and columns, and those of one size are done in one loop, so that
-    a network of many widths compiles few of them.
+    a network of many widths compiles few of them; with a mesh each on one of its devices.
     """
     leaves, structure = jax.tree.flatten(tree)
     groups: dict[Any, list[int]] = {}
@@ -73,7 +74,7 @@ def inverses(tree: Any) -> Any:
             added = jnp.diag(jnp.arange(size) >= dim).astype(dtype)
             margin = [(0, 0), (0, size - dim), (0, size - dim)]
             grown.append(jnp.pad(leaves[i].reshape(-1, dim, dim), margin) + added[None])
-        together = jax.vmap(inverse)(jnp.concatenate(grown))
+        together = over_devices(inverse, jnp.concatenate(grown), mesh)
         start = 0
         for i in members:
             shape = leaves[i].shape

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfqn_optax import _usual as usual
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.layers import Layer, Layers, get_matrices, is_masked, layers_within, set_matrices
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants, check_factor_dtype
+from kfqn_optax._divided import check_mesh, divided, gathered, whole
+from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select
 from kfqn_optax._over_layers import copied, each, inverses
 from kfqn_optax._sides import others
@@ -38,11 +41,14 @@ class ScaleByKfqnState(NamedTuple):
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
       others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
+      usual: what batches usually are like, with momentum or a second pass; empty otherwise. One that is ten
+        times as large is left out.
       rule: what the step rule keeps.
       damping: the damping of the last step that was not left out for its batch.
       share: the part of the proposed step that was made in the last update.
-      rejected: how many steps were left out because the loss, a gradient, the direction, or the loss or
-        statistics after the step were not finite, or what a schedule gave: a learning rate that is not
+      rejected: how many steps were left out: because the loss, a gradient, the direction, or the loss or
+        statistics after the step were not finite; because the batch was far from what is usual, or the loss
+        after the step far above that before; or for what a schedule gave, a learning rate that is not
         finite, a damping that is not positive and finite. Their update was zero.
     """
 
@@ -51,6 +57,7 @@ class ScaleByKfqnState(NamedTuple):
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     others: others.OthersState | tuple[()]
+    usual: usual.UsualState | tuple[()]
     rule: Any
     damping: jax.Array
     share: jax.Array
@@ -72,6 +79,7 @@ class _Method(NamedTuple):
     others_decay: float | None
     statistics_rows: int | None
     factor_dtype: Any
+    factor_mesh: jax.sharding.Mesh | None
     precision: str
 
     def dtype_of(self, layer: Layer) -> Any:
@@ -120,6 +128,7 @@ def scale_by_kfqn(
     others_decay: float | None = 0.95,
     statistics_rows: int | None = None,
     factor_dtype: Any = None,
+    factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the averaged gradient M of each layer to H_a M H_g, and go as far along it as a rule says.
@@ -146,6 +155,8 @@ def scale_by_kfqn(
       statistics_rows: of how many examples sides like :func:`fisher` take their statistics, the first
         ones of the batch, if ``value_and_grad`` knows by ``batch_argnums`` what an example is.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
+      factor_mesh: each device of this mesh holds, and updates, its share of the factors; None for all on
+        every device. Their sides are grown to multiples of the number of devices.
       precision: precision of the factor algebra, as in ``jax.default_matmul_precision``.
 
     Returns:
@@ -174,6 +185,7 @@ def scale_by_kfqn(
     check_constants(learn_every=learn_every)
     check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
     check_factor_dtype(factor_dtype)
+    check_mesh(factor_mesh)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
     method = _Method(
@@ -189,6 +201,7 @@ def scale_by_kfqn(
         others_decay=others_decay,
         statistics_rows=statistics_rows,
         factor_dtype=factor_dtype,
+        factor_mesh=factor_mesh,
         precision=precision,
     )
 
@@ -199,16 +212,20 @@ def scale_by_kfqn(
         del params, extra_args
         present = layers_within(layers, updates, "kfqn: update")
         _check_state(method, state, updates)
+        state = _whole(method, present, state)
         curvature = _check_curvature(curvature, present).rotated(state.count)
         raw, unit = _raw(curvature, updates)
         step_length = _at(probe_step, state.count)
         damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
+        usually, sane = _usual(state.usual, curvature, updates, sane)
         sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
-            direction = _precondition(present, method, sides, rest, average, damping)
+            precondition = functools.partial(_precondition, present, method)
+            direction = in_any_mesh(precondition, sides, rest, average, damping, like=average)
+            direction = gathered(direction, factor_mesh)
             sane &= jnp.isfinite(inner(average, direction))
         proposal = Proposal(raw, average, direction, step_length, damping, curvature)
         with jax.default_matmul_precision(precision):
@@ -230,7 +247,7 @@ def scale_by_kfqn(
         )
         share, rule_state = method.rule.review(rule_state, outcome)
         rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
-        accept = outcome.sane & (share > 0)
+        accept = outcome.sane & (share > 0) & ~_far(state.usual, outcome)
         learnt = (() if method.without_momentum else average, sides.inputs, sides.outputs, rest)
         before = (state.momentum, state.inputs, state.outputs, state.others)
         if method.second_pass:
@@ -239,10 +256,11 @@ def scale_by_kfqn(
             momentum, inputs, outputs, rest = select(sane, learnt[0], before[0]), *learnt[1:]
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            momentum=momentum,
-            inputs=inputs,
-            outputs=outputs,
+            momentum=gathered(momentum, factor_mesh),
+            inputs=_divided(method, present, inputs),
+            outputs=_divided(method, present, outputs),
             others=rest,
+            usual=usually,
             rule=select(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
@@ -251,7 +269,7 @@ def scale_by_kfqn(
         scaled = jax.tree.map(
             lambda d, u: jnp.where(accept, share * d, 0).astype(jnp.result_type(u)), step, updates
         )
-        return scaled, state
+        return gathered(scaled, factor_mesh), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -259,25 +277,67 @@ def scale_by_kfqn(
 def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
 
-    def states(sides, dim_of):
-        return {
-            layer.name: copied(layer, sides[layer.name].init(dim_of(layer), method.dtype_of(layer)))
-            for layer in present
-        }
-
-    zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
     rest = others.paths(present, params)
     return ScaleByKfqnState(
         count=jnp.zeros([], jnp.int32),
         momentum=() if method.without_momentum else zeros,
-        inputs=states(method.inputs, lambda layer: layer.rows),
-        outputs=states(method.outputs, lambda layer: layer.out_dim),
+        inputs=_divided(method, present, _input_states(method, present)),
+        outputs=_divided(method, present, _output_states(method, present)),
         others=others.init(present, params) if method.others_decay is not None and rest else (),
+        usual=usual.init() if method.second_pass or not method.without_momentum else (),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),
         rejected=jnp.zeros([], jnp.int32),
     )
+
+
+def _input_states(method: _Method, present: Layers) -> dict[str, Any]:
+    new = lambda layer: method.inputs[layer.name].init(layer.rows, method.dtype_of(layer))
+    return {layer.name: copied(layer, new(layer)) for layer in present}
+
+
+def _output_states(method: _Method, present: Layers) -> dict[str, Any]:
+    new = lambda layer: method.outputs[layer.name].init(layer.out_dim, method.dtype_of(layer))
+    return {layer.name: copied(layer, new(layer)) for layer in present}
+
+
+def _divided(method: _Method, present: Layers, states: dict[str, Any]) -> dict[str, Any]:
+    """The states of sides as they are kept."""
+    return {
+        layer.name: divided(states[layer.name], len(layer.copies), method.factor_mesh) for layer in present
+    }
+
+
+def _whole(method: _Method, present: Layers, state: ScaleByKfqnState) -> ScaleByKfqnState:
+    """The state with those of the sides as they work on them."""
+    if method.factor_mesh is None:
+        return state
+    inputs, outputs = (
+        whole(kept, jax.eval_shape(functools.partial(new, method, present)), method.factor_mesh)
+        for kept, new in ((state.inputs, _input_states), (state.outputs, _output_states))
+    )
+    return state._replace(inputs=inputs, outputs=outputs)
+
+
+def _usual(
+    state: usual.UsualState | tuple[()], curvature: Curvature, grads: chex.ArrayTree, sane: jax.Array
+) -> tuple[usual.UsualState | tuple[()], jax.Array]:
+    """What is usual after this batch, and whether the batch is both sane and not far from it."""
+    if not isinstance(state, usual.UsualState):
+        return (), sane
+    sizes = usual.sizes_of(curvature.value, grads, curvature.statistics.values())
+    state, outlier = usual.observe(state, sizes, sane)
+    return state, sane & ~outlier
+
+
+def _far(state: usual.UsualState | tuple[()], outcome: Outcome) -> jax.Array:
+    """Whether the loss after the step is far above that before."""
+    if not isinstance(state, usual.UsualState):
+        return jnp.asarray(False)
+    most = usual.OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(outcome.value))
+    return outcome.known & (outcome.value_after - outcome.value > most)
 
 
 def _learn(
@@ -398,7 +458,7 @@ def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides, sa
     def start(sides):
         a = each(of_inputs, method.inputs, "matrix", sides.inputs, dampings.inputs)
         g = each(of_outputs, method.outputs, "matrix", sides.outputs, dampings.outputs)
-        a, g = inverses((a, g))
+        a, g = inverses((a, g), method.factor_mesh)
         inputs = each(of_inputs, method.inputs, "start", sides.inputs, a)
         outputs = each(of_outputs, method.outputs, "start", sides.outputs, g)
         return _Sides(sides.inputs | inputs, sides.outputs | outputs)

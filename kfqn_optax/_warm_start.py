@@ -108,10 +108,14 @@ def _warmed(opt_state: chex.ArrayTree) -> list[str]:
 
 
 def _warm(side: HessianActionState, moment: jax.Array) -> HessianActionState:
-    rows = side.second_moment.shape[-1]  # one less than in ``moment`` where the bias is masked
-    moment = moment[..., :rows, :rows].astype(side.second_moment.dtype)
+    old = side.second_moment
+    rows = old.shape[-1]  # one less than in ``moment`` where the bias is masked
+    moment = moment[..., :rows, :rows].astype(old.dtype)
     good = jnp.isfinite(moment).all((-2, -1))
+    added = old.shape[-2] - rows  # where the factors are divided over devices
+    moment = jnp.pad(moment, [(0, 0)] * (old.ndim - 2) + [(0, added), (0, 0)])
+    new = jnp.where(good[..., None, None], moment, old)
     return side._replace(
-        second_moment=jnp.where(good[..., None, None], moment, side.second_moment),
+        second_moment=jax.device_put(new, old.sharding),
         phase=jnp.where(good, GIVEN, side.phase),
     )

@@ -19,13 +19,24 @@ PUBLIC = [
 ]
 
 ROOMS = {  # what the files of each folder may import of the package, besides their own folder
-    "_numerics": set(),
+    "_meshes": set(),
+    "_numerics": {"_meshes"},
     "_constants": set(),
-    "_capture": {"_numerics", "_constants"},
+    "_divided": {"_meshes"},
+    "_capture": {"_meshes", "_numerics", "_constants"},
     "_sides": {"_capture", "_numerics", "_constants"},
     "_steps": {"_capture", "_numerics", "_constants"},
-    "_over_layers": {"_capture", "_sides"},
-    "_transform": {"_over_layers", "_capture", "_sides", "_steps", "_numerics", "_constants"},
+    "_over_layers": {"_capture", "_sides", "_divided"},
+    "_transform": {
+        "_over_layers",
+        "_capture",
+        "_sides",
+        "_steps",
+        "_divided",
+        "_meshes",
+        "_numerics",
+        "_constants",
+    },
     "_diagnostics": {"_capture", "_transform"},
     "_warm_start": {"_capture", "_sides", "_transform"},
     "_train_state": set(),

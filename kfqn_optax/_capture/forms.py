@@ -16,6 +16,7 @@ from kfqn_optax._capture.tap import (
     convolution_sums,
     dense_sums,
     embedding_sums,
+    over_rows,
     part_sums,
     slot_shapes,
 )
@@ -148,11 +149,15 @@ def form_sums(
     For a convolution ``one_output(inputs, kernel)`` is the layer with one output channel a group and no
     bias, and its kernel has the axes of the layer's.
     """
-    sums = _sums(form, inputs, slot, one_output)
-    if "part_rows" in slot:
-        plain = functools.partial(_sums, form, one_output=one_output)
-        sums |= part_sums(plain, inputs, _first_row_axis(form, inputs), slot)
-    return sums
+    plain = functools.partial(_sums, form, one_output=one_output)
+
+    def sums(inputs, slot):
+        whole = plain(inputs, slot)
+        if "part_rows" in slot:
+            whole |= part_sums(plain, inputs, _first_row_axis(form, inputs), slot)
+        return whole
+
+    return over_rows(sums, inputs, slot)
 
 
 def _first_row_axis(form: Form, inputs: jax.Array) -> int:

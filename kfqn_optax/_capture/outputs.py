@@ -220,7 +220,7 @@ def root(
 
 def bits_of(array: jax.Array) -> jax.Array:
     """A number for ``jax.random.fold_in`` that differs where the array does."""
-    total = jax.lax.stop_gradient(array).astype(jnp.float32).sum()
+    total = _wide(jax.lax.stop_gradient(array)).sum().astype(jnp.float32)
     return jax.lax.bitcast_convert_type(total, jnp.uint32)
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._capture.layers import Layer, Layers, get_matrices, to_front
+from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._numerics import safe_divide
 
 
@@ -70,13 +71,17 @@ def normalise(
     ``vectors`` holds, for the layers that have one, the v of ``product``, (*copies, d_in [+ 1]). Where
     gradients are sampled ones, ``grad_moment`` is the sum of their outer products as it is.
     """
-    matrices = get_matrices(layers, params)
-    return {
-        layer.name: _normalise(
-            layer, matrices[layer.name], sums[layer.name], vectors.get(layer.name), sampled
-        )
-        for layer in layers
-    }
+
+    def of_all(params, sums, vectors):
+        matrices = get_matrices(layers, params)
+        return {
+            layer.name: _normalise(
+                layer, matrices[layer.name], sums[layer.name], vectors.get(layer.name), sampled
+            )
+            for layer in layers
+        }
+
+    return in_any_mesh(of_all, params, sums, vectors)
 
 
 def of_copies(layer: Layer, array: jax.Array, *shape: int) -> jax.Array:

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._numerics import safe_divide
 
 SLOT = "kfqn_slot"
@@ -299,6 +300,18 @@ def _row_weights(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array | None:
     return jnp.broadcast_to(w.reshape(w.shape + (1,) * (len(shape) - w.ndim)), shape)
 
 
+def over_rows(
+    sums_of: Callable[[jax.Array, Slot], dict[str, jax.Array]], inputs: jax.Array, slot: Slot
+) -> dict[str, jax.Array]:
+    """``sums_of(inputs, slot)``, sums over rows that may be divided over the devices of any mesh."""
+
+    def weighted(inputs, slot, w):
+        with contextlib.nullcontext() if w is None else weights(w):
+            return sums_of(inputs, slot)
+
+    return in_any_mesh(weighted, inputs, slot, _weights.value)
+
+
 class OutputAxes(NamedTuple):
     """Where a layer's output keeps what the kernel produced.
 
@@ -361,22 +374,29 @@ def _tap_forward(axes, outputs, slot, sums):
 
 def _tap_backward(axes, residuals, cotangent):
     sums, ours = residuals
+    slot_grads = sums | in_any_mesh(functools.partial(_sums_of_grads, axes), cotangent, ours)
+    slot_grads["vector"] = jnp.zeros_like(ours["vector"])
+    slot_grads = {key: _as_varying(value, ours["grads"]) for key, value in slot_grads.items()}
+    return cotangent, slot_grads, jax.tree.map(jnp.zeros_like, sums)
+
+
+def _sums_of_grads(axes, cotangent, ours):
+    """Those sums of the slot ``ours`` that are of dL/dh."""
     g = cotangent.astype(ours["grads"].dtype)
     total = g.sum(axes.rows).transpose(axes.order)
-    slot_grads = dict(sums, grads=total.reshape(ours["grads"].shape), vector=jnp.zeros_like(ours["vector"]))
+    sums = {"grads": total.reshape(ours["grads"].shape)}
     if "part_grads" in ours:
         split = _split(g, axes.rows[0], ours["part_grads"].shape[0] // ours["grads"].shape[0])
         totals = jax.vmap(lambda part: part.sum(axes.rows).transpose(axes.order))(split)
-        slot_grads["part_grads"] = totals.reshape(ours["part_grads"].shape)
+        sums["part_grads"] = totals.reshape(ours["part_grads"].shape)
     if "grad_moment" in ours:
         groups, out_dim = ours["grad_moment"].shape[:2]
         others = [i for i in range(g.ndim) if i not in axes.rows]
         rows = g.transpose(axes.rows + tuple(others[i] for i in axes.order))
         rows = rows.reshape([g.shape[i] for i in axes.rows] + [groups, out_dim])
         moment = jnp.einsum("...gi,...gj->gij", rows, rows, precision="highest")
-        slot_grads["grad_moment"] = moment.reshape(ours["grad_moment"].shape)
-    slot_grads = {key: _as_varying(value, ours["grads"]) for key, value in slot_grads.items()}
-    return cotangent, slot_grads, jax.tree.map(jnp.zeros_like, sums)
+        sums["grad_moment"] = moment.reshape(ours["grad_moment"].shape)
+    return sums
 
 
 def _as_varying(array: jax.Array, like: jax.Array) -> jax.Array:

@@ -108,7 +108,7 @@ def quadratic(
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
-        last = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+        last = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
         most = jnp.full([], jnp.finfo(jnp.float32).max)
         return QuadraticState(
             last, jnp.zeros([], jnp.int32), one, zero, zero, most, zero, zero, zero, share=one, ratio=one

@@ -14,11 +14,17 @@ from kfqn_optax.bench._plot import require_matplotlib, save_plot
 from kfqn_optax.bench._problems import PROBLEMS
 from kfqn_optax.bench._profile.command import profile
 from kfqn_optax.bench._report import print_table, save_json
+from kfqn_optax.bench._scale.command import scale
 from kfqn_optax.bench._suite.command import suite
 from kfqn_optax.bench._sweep.command import sweep
 from kfqn_optax.bench._train import Budget, Run
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"suite": suite, "profile": profile, "sweep": sweep}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "suite": suite,
+    "profile": profile,
+    "sweep": sweep,
+    "scale": scale,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

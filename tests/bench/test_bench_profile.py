@@ -67,7 +67,7 @@ def test_a_matrix_product_has_its_operations_and_functions_take_turns():
 def test_carried_arguments_reach_the_next_call():
     count = Timed(lambda n: n + 1, (0,), lambda arguments, result: (result,))
     take_turns([count], 4)
-    assert count._arguments == (5,)
+    assert count.arguments == (5,)
 
 
 def test_wrong_options_get_one_line(capsys):

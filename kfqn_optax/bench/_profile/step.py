@@ -31,14 +31,14 @@ class Timed:
         self.compile_seconds = time.perf_counter() - begin
         self.flops = float((self._compiled.cost_analysis() or {}).get("flops", float("nan")))
         self.seconds: list[float] = []
-        self._arguments, self._carry = arguments, carry
+        self.arguments, self._carry = arguments, carry
 
     def call(self, timed: bool = True) -> None:
         begin = time.perf_counter()
-        result = jax.block_until_ready(self._compiled(*self._arguments))
+        result = jax.block_until_ready(self._compiled(*self.arguments))
         if timed:
             self.seconds.append(time.perf_counter() - begin)
-        self._arguments = self._carry(self._arguments, result)
+        self.arguments = self._carry(self.arguments, result)
 
     @property
     def mean_seconds(self) -> float:

@@ -1,0 +1,139 @@
+"""Training a small network, one step of which is disturbed."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import kfqn_optax as kfqn
+from kfqn_optax.bench._faults.faults import Fault, Inputs
+
+IN, OUT, EXAMPLES, BATCH = 8, 4, 1_024, 64
+STEPS, WHEN = 200, 20
+
+MODEL = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(16), nn.tanh, nn.Dense(OUT)])
+
+
+def _rules() -> dict[str, Any]:
+    return {"measured": kfqn.measured(), "quadratic": kfqn.quadratic(), "capped": 0.1}
+
+
+METHODS: Mapping[str, Callable[..., Any]] = {
+    "kfac": functools.partial(kfqn.kfac, damping=1.0),
+    "kbfgs": functools.partial(kfqn.kbfgs, damping=0.1),
+    "kbfgs_l": functools.partial(kfqn.kbfgs_l, damping=0.1, memory=10),
+    "kfqn": functools.partial(kfqn.kfqn, damping=0.1),
+}
+RULES: Mapping[str, Any] = _rules()
+RATES = {"measured": 1.0, "quadratic": 1.0, "capped": 0.3}
+
+
+class Outcome(NamedTuple):
+    """What became of a run.
+
+    Attributes:
+      loss: of all examples, after the last step.
+      finite: whether parameters and state are.
+      positive: the smallest eigenvalue of any factor's symmetric part over its largest.
+      rise: the loss of the disturbed batch, with what it was disturbed by, after the step over before it.
+      counted: what the diagnostics count beyond those of the undisturbed run.
+    """
+
+    loss: float
+    finite: bool
+    positive: float
+    rejected: int
+    damped: int
+    skipped: int
+
+
+@functools.cache
+def data() -> tuple[np.ndarray, np.ndarray]:
+    """Labels of a teacher, with noise: the loss has a floor."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(EXAMPLES, IN)).astype(np.float32)
+    first, second = rng.normal(size=(IN, 12)) / 2, rng.normal(size=(12, OUT)) / 3
+    y = np.tanh(x @ first) @ second + 0.3 * rng.normal(size=(EXAMPLES, OUT))
+    return x, y.astype(np.float32)
+
+
+class Trainer:
+    """One method with one rule, compiled once for all faults."""
+
+    def __init__(self, method: str, rule: str, jit: Callable[..., Any] = jax.jit):
+        x, _ = data()
+        self._params = jax.jit(MODEL.init)(jax.random.key(0), x[:1])["params"]
+        layers = kfqn.find_layers(MODEL, {"params": self._params}, x[:1])
+        make, settings = METHODS[method], METHODS[method].keywords
+        value_and_grad = kfqn.value_and_grad(_loss, layers, batch_argnums=(1, 2))
+
+        def optimizer(rate: Any, damping: Any) -> Any:
+            damping = settings["damping"] * damping
+            return make(
+                RATES[rule] * rate, layers, **settings | {"damping": damping}, step_rule=RULES[rule]
+            )
+
+        def step(params, state, inputs):
+            tx = optimizer(inputs.rate, inputs.damping)
+            _, grads, curvature = value_and_grad(params, inputs.x, inputs.y, inputs.loss_scale)
+            grads = jax.tree.map(lambda g: g + inputs.grad_shift, grads)
+            updates, state = tx.update(grads, state, params, curvature=curvature)
+            return optax.apply_updates(params, updates), state
+
+        self._state = optimizer(1.0, 1.0).init(self._params)
+        self._step = jit(step)
+        self._loss = jit(_loss)
+
+    def run(self, fault: Fault | None, steps: int = STEPS) -> Outcome:
+        params, state = self._params, self._state
+        for k in range(steps):
+            inputs = batch(k)
+            if fault is not None and k == WHEN:
+                inputs = fault(inputs)
+            params, state = self._step(params, state, jax.tree.map(jnp.float32, inputs))
+        told = kfqn.diagnostics(state)
+        sides = [side for layer in told["layers"].values() for side in layer.values()]
+        return Outcome(
+            loss=float(self._loss(params, *data(), 1.0)),
+            finite=all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves((params, state))),
+            positive=smallest_eigenvalue(state),
+            rejected=int(told["rejected"]),
+            damped=sum(int(side["damped"]) for side in sides),
+            skipped=sum(int(side["skipped"]) for side in sides),
+        )
+
+
+def batch(k: int) -> Inputs:
+    rows = np.random.default_rng(k).permutation(EXAMPLES)[:BATCH]
+    x, y = data()
+    return Inputs(x[rows], y[rows])
+
+
+def swapped(k: int) -> Fault:
+    """Another batch in the place of the disturbed one."""
+    return lambda inputs: batch(10_000 + k)
+
+
+def _loss(params, x, y, scale):
+    z = kfqn.outputs(MODEL.apply({"params": params}, x), "normal")
+    return scale * jnp.mean(jnp.sum((z - y) ** 2, axis=1))
+
+
+def smallest_eigenvalue(state: Any) -> float:
+    """Of any square factor's symmetric part, over its largest; -inf if one is not finite."""
+    factors = [side.factor for sides in (state[0].inputs, state[0].outputs) for side in sides.values()]
+    least = np.inf
+    for factor in factors:
+        if isinstance(factor, tuple) or np.ndim(factor) != 2:
+            continue  # of limited memory: positive by the pairs it keeps
+        matrix = np.asarray(factor, np.float64)
+        if not np.isfinite(matrix).all():
+            return -np.inf
+        values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+        least = min(least, values[0] / values[-1])
+    return float(least)
