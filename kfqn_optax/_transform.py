@@ -41,8 +41,8 @@ class ScaleByKfqnState(NamedTuple):
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
       others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
-      usual: what batches usually are like, with momentum or a second pass; empty otherwise. One that is ten
-        times as large is left out.
+      usual: what batches usually are like, of which one that is ten times as large is left out; empty with
+        a step rule that is wary, without momentum and second pass.
       rule: what the step rule keeps.
       damping: the damping of the last step that was not left out for its batch.
       share: the part of the proposed step that was made in the last update.
@@ -92,6 +92,11 @@ class _Method(NamedTuple):
     @property
     def second_pass(self) -> bool:
         return any(side.second_pass for side in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a batch leaves more than its share in averages that are bounded."""
+        return self.second_pass or not self.without_momentum
 
     @property
     def without_momentum(self) -> bool:
@@ -285,7 +290,7 @@ def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),
         others=others.init(present, params) if method.others_decay is not None and rest else (),
-        usual=usual.init() if method.second_pass or not method.without_momentum else (),
+        usual=usual.init() if method.remembers or not method.rule.wary else (),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._numerics import ema, inner
 
-OUTLIER, FORGET = 10.0, 0.9
+OUTLIER, RISE, FALL = 10.0, 0.9, 0.99
 
 
 class Sizes(NamedTuple):
@@ -53,14 +53,16 @@ def sizes_of(value: jax.Array, grads: chex.ArrayTree, statistics: Iterable[Stati
 def observe(state: UsualState, now: Sizes, good: jax.Array) -> tuple[UsualState, jax.Array]:
     """The state after a batch, if that is ``good``, and whether the batch is an outlier.
 
-    That is one of which a size is more than ten times the mean. A lasting change is followed: in each batch
-    the means nearly double.
+    That is one of which a size is more than ten times the mean. The means rise at once, so that a lasting
+    change is followed: in each batch they nearly double. They fall slowly, so that no gradient which comes
+    back after a few small ones is an outlier.
     """
     most = jax.tree.map(lambda usual: jnp.where(usual > 0, OUTLIER * usual, jnp.inf), state.sizes)
     outlier = jnp.stack(jax.tree.map(jnp.greater, now, most)).any()
 
     def mean(usual, size, most):
-        new = jnp.where(usual > 0, ema(usual, jnp.minimum(size, most), FORGET), size)
+        new = ema(usual, jnp.minimum(size, most), jnp.where(size > usual, RISE, FALL))
+        new = jnp.where(usual > 0, new, size)
         return jnp.where(good, new, usual)
 
     means = jax.tree.map(mean, state.sizes, now, most)

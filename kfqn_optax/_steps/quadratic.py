@@ -186,7 +186,7 @@ def quadratic(
         last = jax.tree.map(lambda u: jnp.where(made, u, 0), state.last)
         return made.astype(jnp.float32), state._replace(last=last)
 
-    return StepRule(init, propose, review, damping)
+    return StepRule(init, propose, review, damping, wary=True)
 
 
 def minimum(matrix: jax.Array, slopes: jax.Array) -> jax.Array:

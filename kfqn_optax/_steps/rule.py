@@ -80,6 +80,8 @@ class StepRule(NamedTuple):
         anyway where a side makes a second pass.
       review: ``review(state, outcome) -> (share, state)``: the part of the proposed step that is made, 0
         for none of it.
+      wary: whether the rule itself bounds what one batch unlike the others can do. Batches far from what is
+        usual are left out if it does not, and wherever batches are remembered in momentum or in pairs.
 
     Example:
       Half of every step, a rule of one's own:
@@ -100,3 +102,4 @@ class StepRule(NamedTuple):
     review: Callable[[Any, Outcome], tuple[chex.Numeric, Any]]
     damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
     due: Callable[[Any], jax.Array] = never
+    wary: bool = False

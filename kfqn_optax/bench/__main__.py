@@ -8,6 +8,7 @@ import jax
 
 from kfqn_optax.bench._compare import compare
 from kfqn_optax.bench._errors import UserError
+from kfqn_optax.bench._faults.command import faults
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import parse_options
 from kfqn_optax.bench._plot import require_matplotlib, save_plot
@@ -24,6 +25,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "profile": profile,
     "sweep": sweep,
     "scale": scale,
+    "faults": faults,
 }
 
 

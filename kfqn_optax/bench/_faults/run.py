@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import kfqn_optax as kfqn
+from kfqn_optax._sides import lbfgs
 from kfqn_optax.bench._faults.faults import Fault, Inputs
 
 IN, OUT, EXAMPLES, BATCH = 8, 4, 1_024, 64
@@ -19,18 +20,22 @@ STEPS, WHEN = 200, 20
 MODEL = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(16), nn.tanh, nn.Dense(OUT)])
 
 
-def _rules() -> dict[str, Any]:
-    return {"measured": kfqn.measured(), "quadratic": kfqn.quadratic(), "capped": 0.1}
-
-
 METHODS: Mapping[str, Callable[..., Any]] = {
     "kfac": functools.partial(kfqn.kfac, damping=1.0),
     "kbfgs": functools.partial(kfqn.kbfgs, damping=0.1),
     "kbfgs_l": functools.partial(kfqn.kbfgs_l, damping=0.1, memory=10),
     "kfqn": functools.partial(kfqn.kfqn, damping=0.1),
 }
-RULES: Mapping[str, Any] = _rules()
-RATES = {"measured": 1.0, "quadratic": 1.0, "capped": 0.3}
+RULES: Mapping[str, tuple[Any, float]] = {  # with a learning rate
+    "quadratic": (kfqn.quadratic(), 1.0),
+    "quadratic, damping fixed": (kfqn.quadratic(rate=1.0), 1.0),  # as with secant sides
+    "measured": (kfqn.measured(), 1.0),
+    "capped": (0.1, 0.3),
+}
+PAIRS = [
+    *(("kfac", rule) for rule in ("quadratic", "measured", "capped")),
+    *((m, rule) for m in METHODS if m != "kfac" for rule in list(RULES)[1:]),
+]
 
 
 class Outcome(NamedTuple):
@@ -40,8 +45,7 @@ class Outcome(NamedTuple):
       loss: of all examples, after the last step.
       finite: whether parameters and state are.
       positive: the smallest eigenvalue of any factor's symmetric part over its largest.
-      rise: the loss of the disturbed batch, with what it was disturbed by, after the step over before it.
-      counted: what the diagnostics count beyond those of the undisturbed run.
+      rejected, damped, skipped: what the diagnostics count, pairs over all layers.
     """
 
     loss: float
@@ -70,13 +74,12 @@ class Trainer:
         self._params = jax.jit(MODEL.init)(jax.random.key(0), x[:1])["params"]
         layers = kfqn.find_layers(MODEL, {"params": self._params}, x[:1])
         make, settings = METHODS[method], METHODS[method].keywords
+        step_rule, usual_rate = RULES[rule]
         value_and_grad = kfqn.value_and_grad(_loss, layers, batch_argnums=(1, 2))
 
         def optimizer(rate: Any, damping: Any) -> Any:
-            damping = settings["damping"] * damping
-            return make(
-                RATES[rule] * rate, layers, **settings | {"damping": damping}, step_rule=RULES[rule]
-            )
+            changed = settings | {"damping": settings["damping"] * damping}
+            return make(usual_rate * rate, layers, **changed, step_rule=step_rule)
 
         def step(params, state, inputs):
             tx = optimizer(inputs.rate, inputs.damping)
@@ -124,14 +127,18 @@ def _loss(params, x, y, scale):
     return scale * jnp.mean(jnp.sum((z - y) ** 2, axis=1))
 
 
+def dense(factor: Any) -> jax.Array:
+    """A factor as a matrix; of limited memory, what it does to I."""
+    return (
+        lbfgs.apply(factor, jnp.eye(factor.s.shape[-1])) if isinstance(factor, lbfgs.LbfgsState) else factor
+    )
+
+
 def smallest_eigenvalue(state: Any) -> float:
-    """Of any square factor's symmetric part, over its largest; -inf if one is not finite."""
-    factors = [side.factor for sides in (state[0].inputs, state[0].outputs) for side in sides.values()]
+    """Of any factor's symmetric part, over its largest; -inf if one is not finite."""
     least = np.inf
-    for factor in factors:
-        if isinstance(factor, tuple) or np.ndim(factor) != 2:
-            continue  # of limited memory: positive by the pairs it keeps
-        matrix = np.asarray(factor, np.float64)
+    for side in (*state[0].inputs.values(), *state[0].outputs.values()):
+        matrix = np.asarray(dense(side.factor), np.float64)
         if not np.isfinite(matrix).all():
             return -np.inf
         values = np.linalg.eigvalsh((matrix + matrix.T) / 2)

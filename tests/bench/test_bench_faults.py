@@ -1,0 +1,38 @@
+"""Some rows of the table of faults; the command has all of them."""
+
+import pytest
+
+from kfqn_optax.bench.__main__ import main
+from kfqn_optax.bench._faults import command
+from kfqn_optax.bench._faults.faults import FAULTS
+from kfqn_optax.bench._faults.run import PAIRS
+from kfqn_optax.bench._quick import quick_jit
+
+DISASTERS = ["an input is NaN", "an input is 1e6", "labels x 1e4", "loss x 1e6", "gradients + 1e6"]
+
+
+@pytest.mark.parametrize("method", ["kfac", "kbfgs", "kbfgs_l", "kfqn"])
+def test_training_comes_back_after_a_disaster(method):
+    """With the method's default rule."""
+    rule = "quadratic" if method == "kfac" else "measured"
+    rows = list(command.rows_of(method, rule, DISASTERS, quick_jit, swaps=3))
+    assert all(row.undisturbed.rejected == 0 for row in rows)
+    for row in rows:
+        assert row.held, row
+        assert row.counted != "-", row
+
+
+def test_the_command_prints_every_fault(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "PAIRS", [("kfac", "capped")])
+    monkeypatch.setattr(command, "SWAPS", 1)
+    status = main(["faults", "--methods", "kfac", "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert all(fault in output for fault in FAULTS)
+    came_back = f"{len(FAULTS)} of {len(FAULTS)} runs came back" in output
+    assert came_back == (status == 0)
+    assert (tmp_path / "faults.json").exists()
+
+
+def test_every_method_has_its_default_rule_in_the_table():
+    assert ("kfac", "quadratic") in PAIRS
+    assert {(method, "measured") for method in ("kbfgs", "kbfgs_l", "kfqn")} <= set(PAIRS)
