@@ -19,7 +19,7 @@ def test_training_comes_back_after_a_disaster(method):
     assert all(row.undisturbed.rejected == 0 for row in rows)
     for row in rows:
         assert row.held, row
-        assert row.counted != "-", row
+        assert method == "kfac" or row.outcome.rejected == 1, row
 
 
 def test_the_command_prints_every_fault(capsys, monkeypatch, tmp_path):
