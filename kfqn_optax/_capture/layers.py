@@ -242,6 +242,13 @@ def join_layers(parts: Mapping[str, Layers] | Sequence[Layers]) -> Layers:
       >>> [layer.name for layer in layers]
       ['encoder', 'decoder']
     """
+    if not isinstance(parts, (Mapping, Sequence)) or isinstance(parts, str):
+        raise TypeError(
+            f"kfqn.join_layers: got a {type(parts).__name__}. Give a dictionary or list of what"
+            " kfqn.find_layers returns, one of each model."
+        )
+    if not parts:
+        raise ValueError("kfqn.join_layers: got no layers. Give those of each model, by its key.")
     as_dict = getattr(parts, "_asdict", None)  # of a NamedTuple
     given: Any = parts if as_dict is None else as_dict()
     items = given.items() if isinstance(given, Mapping) else enumerate(given)
@@ -314,6 +321,26 @@ def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
                     f" {shape} when kfqn.find_layers looked at {layers.model}. Call find_layers again"
                     " with the model and the variables that you train."
                 )
+
+
+def check_like(params: chex.ArrayTree, tree: chex.ArrayTree, call: str) -> None:
+    """Raise ``ValueError`` unless ``tree`` is shaped like ``params``, or has ``MaskedNode`` in places."""
+    wanted, _ = leaves_by_path(params)
+    given, _ = leaves_by_path(tree)
+    shapes, own = (
+        {path: jnp.shape(leaf) for path, leaf in leaves.items() if not is_masked(leaf)}
+        for leaves in (wanted, given)
+    )
+    for path in {**own, **shapes}:
+        if own.get(path) != shapes.get(path) and not is_masked(_lookup(given, path)):
+            has, has_not = "an array of shape {}", "no array"
+            of_tree, of_params = (
+                has.format(found[path]) if path in found else has_not for found in (own, shapes)
+            )
+            raise ValueError(
+                f"{call}: the tree given has {of_tree} at {'/'.join(path)!r}, where the parameters have"
+                f" {of_params}. Give a tree shaped like the parameters."
+            )
 
 
 def _lookup(leaves: Mapping[Path, jax.Array], path: Path) -> jax.Array | None:
