@@ -440,14 +440,16 @@ def _chain(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    chain = optax.chain(*links)
+    chain: Any = optax.chain(*links)
 
     def update(updates, state, params=None, **extra_args):
         """A rejected step changes no parameter: the weights do not decay either."""
         is_sequence = isinstance(state, (tuple, list))
         if not is_sequence or len(state) != len(links):
             parts = f" of {len(state)}" if is_sequence else ""
-            raise other_state(f"that is a {type(state).__name__}{parts}, not a tuple of {len(links)} states")
+            raise other_state(
+                f"that is a {type(state).__name__}{parts}, not a tuple of {len(links)} states"
+            )
         if params is None:
             raise ValueError(
                 "kfqn: update was called with params=None. Write tx.update(grads, opt_state, params,"

@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 
 def shown(value: Any) -> str:
@@ -20,10 +20,5 @@ class _Bare(str):
 
 
 def _of_leaf(leaf: Any) -> Any:
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape") or isinstance(leaf, type):
-        return leaf
-    try:
-        concrete = jnp.ndim(leaf) == 0 and not isinstance(leaf, jax.core.Tracer)
-    except TypeError:
-        concrete = False
-    return leaf if concrete else _Bare(f"{leaf.dtype}{list(leaf.shape)}")
+    is_array = isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    return _Bare(f"{leaf.dtype}{list(leaf.shape)}") if is_array else leaf

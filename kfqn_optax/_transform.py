@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._capture.layers import Layer, Layers, get_matrices, is_masked, layers_within, set_matrices
+from kfqn_optax._capture.layers import (
+    Layer,
+    Layers,
+    get_matrices,
+    is_masked,
+    layers_within,
+    leaves_by_path,
+    set_matrices,
+)
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
@@ -260,6 +268,7 @@ def scale_by_kfqn(
 
 def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
+    _check_real(params)
 
     def states(sides, dim_of):
         return {
@@ -572,6 +581,15 @@ def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree,
     return raw, safe_divide(norm(raw), norm(updates))
 
 
+def _check_real(params: chex.ArrayTree) -> None:
+    for path, leaf in leaves_by_path(params)[0].items():
+        if not is_masked(leaf) and jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"kfqn: init: {'/'.join(path)!r} is of {leaf.dtype}, not of real numbers. Keep its real and"
+                " imaginary parts apart, or leave it to another optimizer with optax.partition."
+            )
+
+
 def _check_state(method: _Method, state: Any, params: chex.ArrayTree) -> None:
     """Raise unless ``state`` is one that this method's ``init`` makes."""
     if not isinstance(state, ScaleByKfqnState):
@@ -593,8 +611,8 @@ def _check_state(method: _Method, state: Any, params: chex.ArrayTree) -> None:
 def other_state(what: str) -> ValueError:
     """The error of an update with a state that is another one's."""
     return ValueError(
-        f"kfqn: update was given a state {what}. Pass what this transformation's init(params) returned, or a"
-        " checkpoint of it: a state does not go from one method, setting of one, or model to another."
+        f"kfqn: update was given a state {what}. Pass what this transformation's init(params) returned, or"
+        " a checkpoint of it: a state does not go from one method, setting of one, or model to another."
     )
 
 

@@ -20,14 +20,15 @@ PUBLIC = [
 
 ROOMS = {  # what the files of each folder may import of the package, besides their own folder
     "_numerics": set(),
-    "_constants": set(),
-    "_capture": {"_numerics", "_constants"},
+    "_shown": set(),
+    "_constants": {"_shown"},
+    "_capture": {"_numerics", "_constants", "_shown"},
     "_sides": {"_capture", "_numerics", "_constants"},
     "_steps": {"_capture", "_numerics", "_constants"},
     "_over_layers": {"_capture", "_sides"},
     "_transform": {"_over_layers", "_capture", "_sides", "_steps", "_numerics", "_constants"},
     "_diagnostics": {"_capture", "_transform"},
-    "_warm_start": {"_capture", "_sides", "_transform"},
+    "_warm_start": {"_capture", "_sides", "_transform", "_shown"},
     "_train_state": set(),
     "_alias": {"_capture", "_sides", "_steps", "_transform", "_constants"},
 }

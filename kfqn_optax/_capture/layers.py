@@ -310,6 +310,12 @@ def put(tree: Any, path: Path, key: str, value: Any) -> Any:
 def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
     """Raise ``ValueError`` unless ``params`` has every layer's parameters, with the shapes found."""
     present, _ = leaves_by_path(params)
+    for path, leaf in present.items():
+        if not is_masked(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"{call}: {'/'.join(path)!r} is of {jnp.result_type(leaf)}, of which there is no gradient."
+                " Keep it out of the parameters, in another collection or argument of the loss."
+            )
     for layer in layers:
         for path, shape in layer.parameter_shapes.items():
             leaf = _lookup(present, path)
@@ -355,6 +361,11 @@ def _lookup(leaves: Mapping[Path, jax.Array], path: Path) -> jax.Array | None:
 def _not_there(
     layers: Layers, layer: Layer, path: Path, present: Mapping[Path, jax.Array], call: str
 ) -> str:
+    if list(present) == [()] and "value_and_grad" in call:
+        return (
+            f"{call}: the parameters are one array of shape {jnp.shape(present[()])}. Call it with the"
+            " parameters first, and the batch after them."
+        )
     if list(present) == [()]:
         return (
             f"{call}: the parameters are one array of shape {jnp.shape(present[()])}, in which no layer"
