@@ -465,8 +465,8 @@ def merge(graphdef: Any, *states: Any) -> Any:
     for state in states:
         if not isinstance(state, (nnx.State, Mapping)):
             raise TypeError(
-                f"kfqn.merge: expected a nnx.State, got a {type(state).__name__}. Give value_and_grad the"
-                " State of the parameters, as nnx.split returned it; a model needs no merging."
+                f"kfqn.merge: expected an nnx.State, got a {type(state).__name__}. Call what"
+                " kfqn.value_and_grad returned with the State of the parameters, as nnx.split gave it."
             )
     slots: dict[Path, Slot] = {}
     plain = [_take_slots(state, (), slots) for state in states]
