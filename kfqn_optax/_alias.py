@@ -24,7 +24,7 @@ from kfqn_optax._sides.side import Side, identity
 from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.quadratic import QUADRATIC
 from kfqn_optax._steps.rule import StepRule
-from kfqn_optax._transform import scale_by_kfqn
+from kfqn_optax._transform import other_state, scale_by_kfqn
 
 
 def kbfgs(
@@ -445,14 +445,26 @@ def _chain(
             " kfqn.find_layers returns come second."
         )
     check_constants(learning_rate=learning_rate, weight_decay=weight_decay)
-    chain: Any = optax.chain(
+    links: Any = (
         scale_by_kfqn(layers, probe_step=learning_rate, **settings),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    chain: Any = optax.chain(*links)
 
     def update(updates, state, params=None, **extra_args):
         """A rejected step changes no parameter: the weights do not decay either."""
+        is_sequence = isinstance(state, (tuple, list))
+        if not is_sequence or len(state) != len(links):
+            parts = f" of {len(state)}" if is_sequence else ""
+            raise other_state(
+                f"that is a {type(state).__name__}{parts}, not a tuple of {len(links)} states"
+            )
+        if params is None:
+            raise ValueError(
+                "kfqn: update was called with params=None. Write tx.update(grads, opt_state, params,"
+                " curvature=curvature)."
+            )
         updates, state = chain.update(updates, state, params, **extra_args)
         made = state[0].share > 0
         return jax.tree.map(lambda u: jnp.where(made, u, 0), updates), state

@@ -1,11 +1,15 @@
 """The ranges of the methods' constants, checked while tracing."""
 
+import numbers
 from collections.abc import Callable
 from math import inf
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from kfqn_optax._shown import shown
 
 
 def _whole(x: float) -> bool:
@@ -38,7 +42,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "trust": (lambda x: x > 0, "positive"),
     "step_rule": (
         lambda x: 0 < x < inf,
-        "positive and finite, None for the papers' step, or a rule like kfqn.measured()",
+        "positive and finite, None for the papers' step, or a rule like kfqn.quadratic()",
     ),
     "update_every": (_whole, "a whole number of at least 1"),
     "weight_decay": (lambda x: 0 <= x < inf, "at least 0 and finite"),
@@ -67,17 +71,41 @@ def check_constants(*, call: str = "kfqn", **constants: Any) -> None:
 
 def check_factor_dtype(dtype: Any) -> None:
     """Raise ``ValueError`` for a dtype in which no factor can be kept."""
-    if dtype is not None and not (jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32):
+    if dtype is None:
+        return
+    try:
+        wide = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
+    except TypeError:  # no dtype at all
+        wide = False
+    if not wide:
         raise ValueError(
             f"kfqn: factor_dtype={dtype!r}, but the factors need float32 or float64. Leave it out for the"
             " dtype of the parameters, float32 at least."
         )
 
 
+def check_precision(precision: Any) -> None:
+    """Raise ``ValueError`` for what is no precision of JAX's."""
+    try:
+        with jax.default_matmul_precision(precision):
+            return
+    except ValueError:
+        raise ValueError(
+            f"kfqn: precision={precision!r}, but it must be one of jax.default_matmul_precision, such as"
+            " 'highest' or 'high'."
+        ) from None
+
+
+def check_number(what: str, value: Any, wanted: str = "") -> None:
+    """Raise ``TypeError`` for what is no real number, known or traced."""
+    kinds = (numbers.Real, np.ndarray, jax.Array)
+    if not isinstance(value, kinds) or getattr(value, "ndim", 0) > 0 or jnp.iscomplexobj(value):
+        raise TypeError(f"{what}{shown(value)}, but it must be a number{wanted and f': {wanted}'}.")
+
+
 def _check(call: str, name: str, value: Any) -> None:
     holds, wanted = _RANGES[name]
-    if value is None or isinstance(value, str) or jnp.ndim(value) > 0:
-        raise TypeError(f"{call}: {name}={value!r}, but it must be a number.")
+    check_number(f"{call}: {name}=", value, wanted)
     try:
         number = float(value)
     except jax.errors.ConcretizationTypeError:

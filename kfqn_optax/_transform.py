@@ -17,10 +17,18 @@ import optax
 
 from kfqn_optax import _usual as usual
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._capture.layers import Layer, Layers, get_matrices, is_masked, layers_within, set_matrices
+from kfqn_optax._capture.layers import (
+    Layer,
+    Layers,
+    get_matrices,
+    is_masked,
+    layers_within,
+    leaves_by_path,
+    set_matrices,
+)
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.statistics import Statistics
-from kfqn_optax._constants import check_constants, check_factor_dtype
+from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
 from kfqn_optax._divided import check_mesh, divided, gathered, whole
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select
@@ -191,6 +199,7 @@ def scale_by_kfqn(
     check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
     check_factor_dtype(factor_dtype)
     check_mesh(factor_mesh)
+    check_precision(precision)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
     method = _Method(
@@ -220,8 +229,9 @@ def scale_by_kfqn(
         state = _whole(method, present, state)
         curvature = _check_curvature(curvature, present).rotated(state.count)
         raw, unit = _raw(curvature, updates)
-        step_length = _at(probe_step, state.count)
-        damping = method.rule.damping(state.rule, _at(method.damping, state.count), curvature)
+        step_length = _at("the learning rate", probe_step, state.count)
+        given = _at("the damping", method.damping, state.count)
+        damping = method.rule.damping(state.rule, given, curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
         usually, sane = _usual(state.usual, curvature, updates, sane)
@@ -281,6 +291,7 @@ def scale_by_kfqn(
 
 def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
+    _check_real(params)
 
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
     rest = others.paths(present, params)
@@ -562,8 +573,12 @@ def _wide(leaf: Any) -> Any:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
-def _at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    return jnp.asarray(value(count) if callable(value) else value)
+def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    if not callable(value):
+        return jnp.asarray(value)
+    now = value(count)
+    check_number(f"kfqn: the schedule of {name} returned ", now)
+    return jnp.asarray(now)
 
 
 def _view(
@@ -631,14 +646,19 @@ def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree,
     return raw, safe_divide(norm(raw), norm(updates))
 
 
+def _check_real(params: chex.ArrayTree) -> None:
+    for path, leaf in leaves_by_path(params)[0].items():
+        if not is_masked(leaf) and jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"kfqn: init: {'/'.join(path)!r} is of {leaf.dtype}, not of real numbers. Keep its real and"
+                " imaginary parts apart, or leave it to another optimizer with optax.partition."
+            )
+
+
 def _check_state(method: _Method, state: Any, params: chex.ArrayTree) -> None:
     """Raise unless ``state`` is one that this method's ``init`` makes."""
-    remedy = (
-        "Pass what this transformation's init(params) returned, or a checkpoint of it: a state does not go"
-        " from one method, setting of one, or model to another."
-    )
     if not isinstance(state, ScaleByKfqnState):
-        raise ValueError(f"kfqn: update was given a state of type {type(state).__name__}. {remedy}")
+        raise other_state(f"of type {type(state).__name__}")
     expected = jax.eval_shape(functools.partial(_init, method), params)
     parts = {"step rule": (state.rule, expected.rule), "momentum": (state.momentum, expected.momentum)}
     for kind, given, wanted in (
@@ -646,17 +666,19 @@ def _check_state(method: _Method, state: Any, params: chex.ArrayTree) -> None:
         ("output", state.outputs, expected.outputs),
     ):
         if set(given) != set(wanted):
-            raise ValueError(
-                f"kfqn: update was given a state with the layers {sorted(given)}, not {sorted(wanted)}."
-                f" {remedy}"
-            )
+            raise other_state(f"with the layers {sorted(given)}, not {sorted(wanted)}")
         parts |= {f"{kind} side of {name!r}": (given[name], wanted[name]) for name in wanted}
     for part, (given, wanted) in parts.items():
         if _summary(given) != _summary(wanted):
-            raise ValueError(
-                f"kfqn: update was given a state whose {part} is {_summary(given)}, not {_summary(wanted)}."
-                f" {remedy}"
-            )
+            raise other_state(f"whose {part} is {_summary(given)}, not {_summary(wanted)}")
+
+
+def other_state(what: str) -> ValueError:
+    """The error of an update with a state that is another one's."""
+    return ValueError(
+        f"kfqn: update was given a state {what}. Pass what this transformation's init(params) returned, or"
+        " a checkpoint of it: a state does not go from one method, setting of one, or model to another."
+    )
 
 
 def _summary(part: Any) -> str:

@@ -1,6 +1,6 @@
 """The paper's start: A from one pass over the data."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import chex
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture.nnx import as_arrays, assign, is_model, jit_with_models
 from kfqn_optax._capture.value_and_grad import ValueAndGrad
+from kfqn_optax._shown import shown
 from kfqn_optax._sides.hessian_action import GIVEN, HessianActionState
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
@@ -30,12 +31,12 @@ def warm_start(
         them. Batches count equally, whatever their sizes.
 
     Returns:
-      ``opt_state`` with A set, in the layers whose input side starts with one (that of K-BFGS); as it is,
-      and without a pass, where there is none. The first update then computes
-      H_a from it and, as in the paper, leaves its own batch out of A.
+      ``opt_state`` with A set, in the layers whose input side starts with one (that of K-BFGS). The first
+      update then computes H_a from it and, as in the paper, leaves its own batch out of A.
 
     Raises:
-      ValueError: if there is no batch, or no kfqn_optax state in ``opt_state``.
+      TypeError: if ``batches`` is no iterable of batches.
+      ValueError: if there is no batch, no kfqn_optax state in ``opt_state``, or none that starts with A.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
@@ -58,12 +59,28 @@ def warm_start(
             f" {value_and_grad!r}."
         )
 
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str)):
+        raise TypeError(
+            f"kfqn.warm_start: batches is {shown(batches)}. Give an iterable of batches, [batch] for one."
+        )
     if not _warmed(opt_state):
-        return opt_state
+        raise ValueError(
+            "kfqn.warm_start: no layer of this optimizer starts with A (those of kbfgs do, up to max_dim,"
+            " and no convolutions). Leave warm_start out."
+        )
     moments_of = _moments_of_model if is_model(params) else _moments_of_arrays
     total, count = None, 0
     for batch in batches:
-        moments = moments_of(value_and_grad, params, batch if isinstance(batch, tuple) else (batch,))
+        args = batch if isinstance(batch, tuple) else (batch,)
+        try:
+            moments = moments_of(value_and_grad, params, args)
+        except Exception as error:
+            error.add_note(
+                f"kfqn.warm_start was calling loss_fn(params, *batch) with the batch {shown(args)}: in"
+                " batches there must be, for each batch, the one argument that loss_fn takes after the"
+                " parameters, or a tuple of them."
+            )
+            raise
         total = moments if total is None else jax.tree.map(jnp.add, total, moments)
         count += 1
     if total is None:

@@ -21,14 +21,17 @@ PUBLIC = [
 ROOMS = {  # what the files of each folder may import of the package, besides their own folder
     "_meshes": set(),
     "_numerics": {"_meshes"},
-    "_constants": set(),
+    "_shown": set(),
+    "_constants": {"_shown"},
     "_divided": {"_meshes"},
-    "_capture": {"_meshes", "_numerics", "_constants"},
+    "_capture": {"_meshes", "_numerics", "_constants", "_shown"},
     "_sides": {"_capture", "_numerics", "_constants"},
     "_steps": {"_capture", "_numerics", "_constants"},
     "_over_layers": {"_capture", "_sides", "_divided"},
+    "_usual": {"_capture", "_numerics"},
     "_transform": {
         "_over_layers",
+        "_usual",
         "_capture",
         "_sides",
         "_steps",
@@ -38,7 +41,7 @@ ROOMS = {  # what the files of each folder may import of the package, besides th
         "_constants",
     },
     "_diagnostics": {"_capture", "_transform"},
-    "_warm_start": {"_capture", "_sides", "_transform"},
+    "_warm_start": {"_capture", "_sides", "_transform", "_shown"},
     "_train_state": set(),
     "_alias": {"_capture", "_sides", "_steps", "_transform", "_constants"},
 }

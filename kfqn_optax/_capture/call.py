@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture.layers import Layers, put
 from kfqn_optax._capture.nnx import is_state
-from kfqn_optax._capture.tap import SLOT
+from kfqn_optax._capture.tap import SLOT, Reached
 
 
 class Call(Protocol):
@@ -27,7 +27,7 @@ class Call(Protocol):
     def value(self, loss_fn: Callable[..., Any], params: Any, has_aux: bool) -> jax.Array: ...
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Any], slots: Mapping[str, Any], has_aux: bool
+        self, loss_fn: Callable[..., Any], slots: Mapping[str, Any], has_aux: bool, reached: Reached
     ) -> tuple[Any, Any, Any]: ...
 
     def slot_grads(
@@ -55,8 +55,9 @@ class TreeCall:
         value = loss_fn(params, *self.args, **self.kwargs)
         return value[0] if has_aux else value
 
-    def value_and_grad(self, loss_fn, slots, has_aux):
-        function = jax.value_and_grad(self._with_slots(loss_fn), argnums=(0, 1), has_aux=has_aux)
+    def value_and_grad(self, loss_fn, slots, has_aux, reached):
+        watched = self._with_slots(loss_fn, reached.watch)
+        function = jax.value_and_grad(watched, argnums=(0, 1), has_aux=has_aux)
         value, (grads, sums) = function(self.params, slots)
         return value, grads, sums
 
@@ -68,8 +69,9 @@ class TreeCall:
     def all_grads(self, loss_fn, params, slots):
         return jax.grad(self._with_slots(loss_fn), argnums=(0, 1))(params, slots)
 
-    def _with_slots(self, loss_fn):
+    def _with_slots(self, loss_fn, watch=lambda slots: slots):
         def loss(params, slots):
+            slots = watch(slots)
             for layer in self.layers:
                 params = put(params, layer.path, SLOT, slots[layer.name])
             return loss_fn(params, *self.args, **self.kwargs)

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.examples import check_rows
-from kfqn_optax._capture.layers import is_masked
+from kfqn_optax._capture.layers import Layers, check_like, is_masked
 from kfqn_optax._capture.loss import is_forward_mode
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.outputs import as_key, bits_of, gauss_newton
 from kfqn_optax._capture.quadratic import Forms, forms_of
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._numerics import inner
+from kfqn_optax._shown import shown
 
 LEAST = 0.01
 STRIDE = 257  # examples from the part of one step to that of the next
@@ -55,6 +56,18 @@ class Curvature:
         self.devices = batch.owner.devices
         self._batch = batch
 
+    @property
+    def __jax_array__(self):
+        """What JAX asks of a value of no type it knows; not for a value that it was never to be given."""
+        raise ValueError(
+            "kfqn: a Curvature cannot be an argument or a result of jax.jit, nor be carried by a loop: it"
+            " belongs to the traced step that made it. Call kfqn.value_and_grad(...) and tx.update(...,"
+            " curvature=curvature) in one jitted function, and return the loss and the gradients alone."
+        )
+
+    def __repr__(self) -> str:
+        return f"Curvature of the layers {list(self.statistics)}"
+
     def after(self, updates: chex.ArrayTree, vectors: Mapping[str, jax.Array] | None = None) -> "Curvature":
         """The curvature of the same batch, with the same keys, at ``params + updates``.
 
@@ -65,8 +78,10 @@ class Curvature:
             stay as they are.
           vectors: for layer names, a vector v (*copies, d_in [+ 1]) whose ``product`` A v is wanted.
         """
-        moved = self._moved(updates)
-        value, statistics = self._batch.statistics(moved, vectors or {})
+        moved = self._moved(updates, "curvature.after")
+        vectors = vectors or {}
+        _check_vectors(vectors, self._batch.layers)
+        value, statistics = self._batch.statistics(moved, vectors)
         return Curvature(value, moved, statistics, self._batch)
 
     def rotated(self, count: jax.Array) -> "Curvature":
@@ -114,7 +129,7 @@ class Curvature:
           rows: of the last so many examples only, where ``batch_argnums`` tells them.
         """
         check_rows(rows, "curvature.value_at")
-        return self._batch.owner.mean(self._batch.loss(rows)(self._moved(updates)))
+        return self._batch.owner.mean(self._batch.loss(rows)(self._moved(updates, "curvature.value_at")))
 
     def forms(self, directions: Sequence[chex.ArrayTree], rows: int | None = None) -> Forms:
         """The loss along K directions to second order: phi(c) = L(params + sum_i c_i u_i) around c = 0.
@@ -146,6 +161,8 @@ class Curvature:
                 f"curvature.forms: directions is a {type(directions).__name__}, or empty. Give a list of"
                 " trees shaped like the parameters, one tree at least."
             )
+        for direction in directions:
+            check_like(self.params, direction, "curvature.forms")
         stacked = self._batch.looped and bool(self._batch.marks)
         try:
             with gauss_newton():
@@ -209,12 +226,13 @@ class Curvature:
             lambda g, p, q: g if is_masked(g) else jnp.asarray(p - q, g.dtype),
             grads,
             as_arrays(self.params),
-            as_arrays(self._moved(updates)),
+            as_arrays(self._moved(updates, "curvature.slope")),
             is_leaf=is_masked,
         )
         return inner(grads, moved)
 
-    def _moved(self, updates: chex.ArrayTree) -> chex.ArrayTree:
+    def _moved(self, updates: chex.ArrayTree, call: str) -> chex.ArrayTree:
+        check_like(self.params, updates, call)
         moved = jax.tree.map(
             lambda u, p: p if is_masked(u) else jnp.asarray(p + u, jnp.result_type(p)),
             as_arrays(updates),
@@ -222,6 +240,16 @@ class Curvature:
             is_leaf=is_masked,
         )
         return jax.tree.unflatten(jax.tree.structure(self.params), jax.tree.leaves(moved))
+
+
+def _check_vectors(vectors: Mapping[str, jax.Array], layers: Layers) -> None:
+    wanted = {layer.name: (*layer.copies, layer.rows) for layer in layers}
+    for name, vector in vectors.items():
+        if jnp.shape(vector) != wanted.get(name):
+            raise ValueError(
+                f"curvature.after: vectors has {shown(vector)} for {name!r}, but the layers take vectors of"
+                f" the shapes {wanted}."
+            )
 
 
 def _wide(leaf: jax.Array) -> Any:

@@ -62,6 +62,12 @@ class Form(NamedTuple):
         return not self.dense and self.kernel_name != "embedding"
 
 
+def check_real(*arrays: jax.Array) -> None:
+    """Raise ``Unsupported`` for complex numbers, of which the statistics would be others."""
+    if any(jnp.iscomplexobj(array) for array in arrays):
+        raise Unsupported("of complex numbers")
+
+
 def linear_form(kind: str, kernel: tuple[int, ...], ndim: int) -> Form:
     """A layer on the last of its inputs' ``ndim`` axes, with a kernel of shape (d_in, d_out)."""
     return _dense(kind, kernel, (0, 1), (0, 1), tuple(range(ndim)), _trailing(ndim, 1))

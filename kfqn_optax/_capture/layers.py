@@ -245,6 +245,13 @@ def join_layers(parts: Mapping[str, Layers] | Sequence[Layers]) -> Layers:
       >>> [layer.name for layer in layers]
       ['encoder', 'decoder']
     """
+    if not isinstance(parts, (Mapping, Sequence)) or isinstance(parts, str):
+        raise TypeError(
+            f"kfqn.join_layers: got a {type(parts).__name__}. Give a dictionary or list of what"
+            " kfqn.find_layers returns, one of each model."
+        )
+    if not parts:
+        raise ValueError("kfqn.join_layers: got no layers. Give those of each model, by its key.")
     as_dict = getattr(parts, "_asdict", None)  # of a NamedTuple
     given: Any = parts if as_dict is None else as_dict()
     items = given.items() if isinstance(given, Mapping) else enumerate(given)
@@ -306,6 +313,12 @@ def put(tree: Any, path: Path, key: str, value: Any) -> Any:
 def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
     """Raise ``ValueError`` unless ``params`` has every layer's parameters, with the shapes found."""
     present, _ = leaves_by_path(params)
+    for path, leaf in present.items():
+        if not is_masked(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"{call}: {'/'.join(path)!r} is of {jnp.result_type(leaf)}, of which there is no gradient."
+                " Keep it out of the parameters, in another collection or argument of the loss."
+            )
     for layer in layers:
         for path, shape in layer.parameter_shapes.items():
             leaf = _lookup(present, path)
@@ -317,6 +330,26 @@ def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
                     f" {shape} when kfqn.find_layers looked at {layers.model}. Call find_layers again"
                     " with the model and the variables that you train."
                 )
+
+
+def check_like(params: chex.ArrayTree, tree: chex.ArrayTree, call: str) -> None:
+    """Raise ``ValueError`` unless ``tree`` is shaped like ``params``, or has ``MaskedNode`` in places."""
+    wanted, _ = leaves_by_path(params)
+    given, _ = leaves_by_path(tree)
+    shapes, own = (
+        {path: jnp.shape(leaf) for path, leaf in leaves.items() if not is_masked(leaf)}
+        for leaves in (wanted, given)
+    )
+    for path in {**own, **shapes}:
+        if own.get(path) != shapes.get(path) and not is_masked(_lookup(given, path)):
+            has, has_not = "an array of shape {}", "no array"
+            of_tree, of_params = (
+                has.format(found[path]) if path in found else has_not for found in (own, shapes)
+            )
+            raise ValueError(
+                f"{call}: the tree given has {of_tree} at {'/'.join(path)!r}, where the parameters have"
+                f" {of_params}. Give a tree shaped like the parameters."
+            )
 
 
 def _lookup(leaves: Mapping[Path, jax.Array], path: Path) -> jax.Array | None:
@@ -331,6 +364,11 @@ def _lookup(leaves: Mapping[Path, jax.Array], path: Path) -> jax.Array | None:
 def _not_there(
     layers: Layers, layer: Layer, path: Path, present: Mapping[Path, jax.Array], call: str
 ) -> str:
+    if list(present) == [()] and "value_and_grad" in call:
+        return (
+            f"{call}: the parameters are one array of shape {jnp.shape(present[()])}. Call it with the"
+            " parameters first, and the batch after them."
+        )
     if list(present) == [()]:
         return (
             f"{call}: the parameters are one array of shape {jnp.shape(present[()])}, in which no layer"

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax._capture.forms import Form, Unsupported, layer_of, layers_of
+from kfqn_optax._capture.forms import Form, Unsupported, check_real, layer_of, layers_of
 from kfqn_optax._capture.layers import MAX_DIM, Layer, Layers, Path, leaves_by_path
 from kfqn_optax._capture.linen_forms import form_of, sums_of
 from kfqn_optax._capture.tap import SLOT, add_virtual_bias, tap
 from kfqn_optax._constants import check_constants
+from kfqn_optax._shown import shown
 
 _BASES = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.ConvLocal, nn.Embed)
 _CALLS = {base: inspect.unwrap(base.__call__) for base in _BASES}
@@ -63,9 +64,10 @@ def find_layers(
             " Pass the model itself, not its class, its parameters or its apply function."
         )
     if not isinstance(variables, (dict, flax.core.FrozenDict)) or "params" not in variables:
-        keys = list(variables) if isinstance(variables, (dict, flax.core.FrozenDict)) else variables
+        is_tree = isinstance(variables, (dict, flax.core.FrozenDict))
+        given = list(variables) if is_tree else shown(variables)
         raise ValueError(
-            f'kfqn.find_layers: expected variables with a collection "params", got {keys!r}. Pass'
+            f'kfqn.find_layers: expected variables with a collection "params", got {given}. Pass'
             ' model.init(...), or {"params": params}.'
         )
     check_constants(call="kfqn.find_layers", max_dim=max_dim)
@@ -106,8 +108,9 @@ def _search(
             shapes = jax.eval_shape(run, [leaf for t, leaf in zip(traced, leaves, strict=True) if t])
     except Exception as error:
         error.add_note(
-            "kfqn.find_layers was tracing model.apply(variables, *args, **kwargs): give it the"
-            " arguments that your loss gives (rngs=..., train=..., method=...)."
+            f"kfqn.find_layers was tracing model.apply(variables, *args, **kwargs) with {shown(args)},"
+            f" {shown(kwargs)}: give it the arguments that your loss gives (rngs=..., train=...,"
+            " method=...)."
         )
         raise
     is_mark = lambda node: isinstance(node, _Mark)
@@ -163,6 +166,7 @@ def _marking(skipped: dict[Path, str], aside: dict[Path, _Mark]) -> Callable[...
             return outputs
         try:
             form = form_of(base, module, params, _inputs(args, kwargs), outputs, args, kwargs)
+            check_real(_inputs(args, kwargs), outputs, params[form.kernel_name])
             bias = params.get("bias")
             mark = _Mark(
                 kernel=jnp.zeros((0,) * params[form.kernel_name].ndim),

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kfqn_optax._capture.call import Call, TreeCall, slots_of
 from kfqn_optax._capture.examples import count_examples
@@ -13,6 +15,7 @@ from kfqn_optax._capture.linen import tapping
 from kfqn_optax._capture.nnx import ModelCall, is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
 from kfqn_optax._capture.tap import SLOT
+from kfqn_optax._shown import shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a static argument of a jitted function
@@ -66,6 +69,29 @@ class Loss:
             sum_of["grads"] = sums[name]["grads"]
         return plain
 
+    def scalar(self, *args: Any, **kwargs: Any) -> Any:
+        """What the loss returns, which is what ``has_aux`` says, or there is an error."""
+        returned = value = self.loss_fn(*args, **kwargs)
+        if self.has_aux and not (isinstance(returned, (tuple, list)) and len(returned) == 2):
+            raise TypeError(
+                f"kfqn.value_and_grad: loss_fn returned {shown(returned)}, but with has_aux=True it must"
+                " return a pair, (loss, aux). Return one, or leave out has_aux."
+            )
+        if self.has_aux:
+            value = returned[0]
+        elif isinstance(value, (tuple, list)):
+            raise TypeError(
+                f"kfqn.value_and_grad: loss_fn returned {shown(value)}. For a loss with auxiliary data"
+                " give value_and_grad has_aux=True."
+            )
+        is_number = isinstance(value, (float, np.ndarray, np.generic, jax.Array))
+        if not is_number or jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise TypeError(
+                f"kfqn.value_and_grad: loss_fn returned {shown(value)} for its loss, which must be one real"
+                " floating-point number. Take a mean over the examples."
+            )
+        return returned
+
     def tapped(self, loss_fn: Callable[..., Any], bias_only: bool | None = None) -> Callable[..., Any]:
         bias_only = self.forward is not None if bias_only is None else bias_only
 
@@ -73,8 +99,10 @@ class Loss:
             try:
                 with tapping(bias_only), nnx_tapping(bias_only):
                     return loss_fn(*args, **kwargs)
-            except (TypeError, ValueError, KeyError, NotImplementedError) as error:
-                if SLOT in str(error):
+            except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+                if "'State' object" in str(error):
+                    error.add_note(_STATE_NOTE)
+                elif SLOT in str(error):
                     error.add_note(_SLOT_NOTE)
                 elif is_forward_mode(error):
                     error.add_note(_FORWARD_NOTE)
@@ -91,6 +119,10 @@ def is_forward_mode(error: Exception) -> bool:
     return ("forward-mode" in text and "custom_vjp" in text) or "custom_lin" in text
 
 
+_STATE_NOTE = (
+    "kfqn.value_and_grad was called with an nnx.State, which loss_fn uses as a model. Call it with the"
+    " model itself, or let loss_fn make one: model = kfqn.merge(graphdef, params, rest)."
+)
 _MERGE_NOTE = (
     "kfqn.value_and_grad hands loss_fn the parameters with a slot beside each layer's kernel, which"
     " nnx.merge does not know. Inside loss_fn write kfqn.merge(graphdef, params, rest) in its place."

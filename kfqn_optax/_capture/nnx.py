@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kfqn_optax._capture.forms import Form, Unsupported, layer_of, layers_of
+from kfqn_optax._capture.forms import Form, Unsupported, check_real, layer_of, layers_of
 from kfqn_optax._capture.layers import Layer, Layers, Path, leaves_by_path
 from kfqn_optax._capture.nnx_forms import (
     BASES,
@@ -34,7 +34,8 @@ from kfqn_optax._capture.nnx_forms import (
     stacked_axes,
     sums_of,
 )
-from kfqn_optax._capture.tap import SLOT, Slot, add_virtual_bias, tap
+from kfqn_optax._capture.tap import SLOT, Reached, Slot, add_virtual_bias, tap
+from kfqn_optax._shown import shown
 
 _as_pure: Callable[[Any], Any] = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 # Gradients of some of a model's variables need the graph mode, whatever the user has set it to.
@@ -175,6 +176,7 @@ def _layer(
     kernel, bias = params.get((*path, _kernel_name(base))), params.get((*path, "bias"))
     if kernel is None:
         raise Unsupported("whose kernel is no nnx.Param of its own")
+    check_real(kernel)
     form = form_of_any_call(base, module)
     bias_shape = None if bias is None else jnp.shape(bias)
     axes = stacked_axes(jnp.shape(kernel), bias_shape, one_copy(base, module))
@@ -221,8 +223,8 @@ def _search(
             jax.eval_shape(run, state, [leaf for t, leaf in zip(traced, leaves, strict=True) if t])
     except Exception as error:
         error.add_note(
-            "kfqn.find_layers was tracing model(*args, **kwargs): give it arguments as your loss does, and"
-            ' method="..." where the loss calls a method of the model.'
+            f"kfqn.find_layers was tracing model(*args, **kwargs) with {shown(args)}, {shown(kwargs)}: give"
+            ' it arguments as your loss does, and method="..." where the loss calls a method of the model.'
         )
         raise
     finally:
@@ -300,6 +302,7 @@ def _through_tap(base: Any, module: Any, outputs: Any, args: tuple, kwargs: dict
     try:
         if base is nnx.Einsum:
             _check_equation(module, args, kwargs)
+        check_real(inputs, outputs)
         form = form_of(base, module, inputs.ndim, outputs.shape)
     except Unsupported as reason:
         if _local.calls is None:
@@ -343,11 +346,11 @@ class ModelCall:
         self._start = graphdef, as_arrays(state)
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Any], slots: Mapping[str, Slot], has_aux: bool
+        self, loss_fn: Callable[..., Any], slots: Mapping[str, Slot], has_aux: bool, reached: Reached
     ) -> tuple[Any, Any, Any]:
         """Value, gradients and slot gradients; everything else the loss does to the model happens to it."""
         argnums = (nnx.DiffState(0, nnx.Param), 1)
-        loss = self._with_slots(loss_fn)
+        loss = self._with_slots(loss_fn, reached.watch)
         function = nnx.value_and_grad(loss, argnums=argnums, has_aux=has_aux, **_GRAPH)
         value, (grads, sums) = function(self._model, dict(slots), self.args, dict(self._kwargs))
         return value, grads, sums
@@ -394,8 +397,11 @@ class ModelCall:
         leaves = [next(copies) if _is_node(leaf) else leaf for leaf in self._leaves]
         return model, *jax.tree.unflatten(self._structure, leaves)
 
-    def _with_slots(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    def _with_slots(
+        self, loss_fn: Callable[..., Any], watch: Callable[[Any], Any] = lambda slots: slots
+    ) -> Callable[..., Any]:
         def loss(model, slots, args, kwargs):
+            slots = watch(slots)
             _attach(model, {self._paths[name]: slot for name, slot in slots.items()})
             value = loss_fn(model, *args, **kwargs)
             _detach(model)
@@ -451,6 +457,17 @@ def merge(graphdef: Any, *states: Any) -> Any:
       >>> curvature.statistics["."].inputs
       Array([1., 1., 1., 1.], dtype=float32)
     """
+    if not isinstance(graphdef, nnx.GraphDef) or not states:
+        raise TypeError(
+            f"kfqn.merge: got {shown(graphdef)} and {len(states)} states. Write kfqn.merge(graphdef,"
+            " params, rest) with what nnx.split(model, nnx.Param, ...) returned, in its order."
+        )
+    for state in states:
+        if not isinstance(state, (nnx.State, Mapping)):
+            raise TypeError(
+                f"kfqn.merge: expected an nnx.State, got a {type(state).__name__}. Call what"
+                " kfqn.value_and_grad returned with the State of the parameters, as nnx.split gave it."
+            )
     slots: dict[Path, Slot] = {}
     plain = [_take_slots(state, (), slots) for state in states]
     model = nnx.merge(graphdef, *plain, copy=True)

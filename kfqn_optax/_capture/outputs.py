@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._numerics import safe_divide
+from kfqn_optax._shown import shown
 
 DISTRIBUTIONS = ("bernoulli", "categorical", "normal")
 
@@ -91,9 +92,9 @@ def outputs(z: Any, distribution: str | None = None) -> Any:
     Source: Schraudolph 2002, "Fast curvature matrix-vector products for second-order gradient descent",
     for the matrix; Martens, Grosse 2015, section 5, for gradients of sampled labels.
     """
-    if distribution is not None and distribution not in DISTRIBUTIONS:
+    if distribution is not None and not (isinstance(distribution, str) and distribution in DISTRIBUTIONS):
         raise ValueError(
-            f"kfqn.outputs: distribution={distribution!r} is none of {', '.join(map(repr, DISTRIBUTIONS))}."
+            f"kfqn.outputs: distribution={shown(distribution)} is none of {str(DISTRIBUTIONS)[1:-1]}."
             " Leave it out where none of them is the one whose negative log-likelihood the loss is."
         )
     dtype = getattr(z, "dtype", None)

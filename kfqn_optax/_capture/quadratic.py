@@ -108,11 +108,6 @@ def _tangents(params: chex.ArrayTree, direction: Any) -> list[Any]:
     def place(u, p):
         if is_masked(u):
             return jax.tree.map(lambda _: u, p)
-        if jnp.shape(u) != jnp.shape(p):
-            raise ValueError(
-                f"curvature.forms: a direction has a leaf of shape {jnp.shape(u)} where the parameters have"
-                f" one of shape {jnp.shape(p)}. Give directions shaped like the parameters."
-            )
         return jnp.asarray(u, jnp.result_type(p))
 
     tree = jax.tree.map(place, as_arrays(direction), as_arrays(params), is_leaf=is_masked)

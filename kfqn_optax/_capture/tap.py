@@ -39,6 +39,7 @@ import jax.numpy as jnp
 
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._numerics import safe_divide
+from kfqn_optax._shown import shown
 
 SLOT = "kfqn_slot"
 Slot = Mapping[str, jax.Array]
@@ -276,6 +277,10 @@ def weights(value: jax.Array) -> Iterator[None]:
       >>> float(curvature.statistics["."].rows)
       5.0
     """
+    if not hasattr(value, "dtype") and not isinstance(value, (int, float, list, tuple)):
+        raise TypeError(
+            f"kfqn.weights: got {shown(value)}. Give an array of numbers, such as the loss's mask."
+        )
     before = _weights.value
     _weights.value = jnp.asarray(value)
     try:
@@ -356,6 +361,36 @@ def _check_dtype(slot: Slot) -> None:
             " which need float32. Do not cast the parameters inside loss_fn: give the modules"
             f" dtype={dtype} instead, and leave param_dtype at float32."
         )
+
+
+class Reached:
+    """Whether a derivative of the loss came back to the slots that went through :meth:`watch`.
+
+    JAX does not transpose what no derivative reaches, which shows while tracing. Where the taps are run
+    would not: a jitted function inside the loss is not traced a second time.
+    """
+
+    def __init__(self):
+        self.any = False
+
+    def watch(self, slots: Any) -> Any:
+        """``slots``, an identity."""
+        return _watched(self, slots)
+
+    def backward(self, cotangent):
+        self.any = True
+        return (cotangent,)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _watched(reached, slots):
+    del reached
+    return slots
+
+
+_watched.defvjp(
+    lambda reached, slots: (slots, None), lambda reached, residuals, cotangent: reached.backward(cotangent)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,8 +14,9 @@ from kfqn_optax._capture.forms import with_parts
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import Loss
 from kfqn_optax._capture.statistics import Statistics, normalise
-from kfqn_optax._capture.tap import varying
+from kfqn_optax._capture.tap import Reached, varying
 from kfqn_optax._constants import check_constants
+from kfqn_optax._shown import shown
 
 
 def value_and_grad(
@@ -65,10 +66,12 @@ def value_and_grad(
       pass.
 
     Raises:
-      TypeError: if ``layers`` is something else.
+      TypeError: if ``layers`` is something else; when called, if ``loss_fn`` does not return one real
+        number, with ``aux`` if ``has_aux``.
       ValueError: when called with parameters that are not those ``layers`` were found on, or with a
-        batch that ``groups`` does not divide; for ``batch_argnums`` that are no positions after the
-        parameters, or, when called, arguments there whose leading axes are not all of one length.
+        batch that ``groups`` does not divide; when called, if the loss depends on none of the layers; for
+        ``batch_argnums`` that are no positions after the parameters, or, when called, arguments there whose
+        leading axes are not all of one length.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
@@ -102,6 +105,11 @@ def value_and_grad(
             f"kfqn.value_and_grad: layers is a {type(layers).__name__}, not what kfqn.find_layers"
             " returns. Call value_and_grad(loss_fn, kfqn.find_layers(model, variables, inputs))."
         )
+    for name, function in (("loss_fn", loss_fn), ("forward", forward)):
+        if not callable(function) and not (name == "forward" and function is None):
+            raise TypeError(
+                f"kfqn.value_and_grad: {name}={shown(function)} is no function of (params, *args)."
+            )
     check_constants(call="kfqn.value_and_grad", groups=groups)
     if groups > 1 and forward is not None:
         raise ValueError(
@@ -118,8 +126,15 @@ class ValueAndGrad(Loss):
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any):
         call = self.call(params, args, kwargs)
-        loss = self.tapped(self.loss_fn)
-        value, grads, sums = call.value_and_grad(loss, slots_of(self.layers, {}), self.has_aux)
+        loss, reached = self.tapped(self.scalar), Reached()
+        slots = slots_of(self.layers, {})
+        value, grads, sums = call.value_and_grad(loss, slots, self.has_aux, reached)
+        if not reached.any:
+            raise ValueError(
+                f"kfqn.value_and_grad: the loss depends on none of the layers {list(slots)[:8]} of"
+                f" {self.layers.model}. Let loss_fn apply the model with the parameters that it is given"
+                " (or call the model that it is given), and be a function of what comes out."
+            )
         sums = self.with_inputs(sums, call, call.params, {})
         loss_value, aux = value if self.has_aux else (value, None)
         if self.axis_name is not None and varying(loss_value):

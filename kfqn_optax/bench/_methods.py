@@ -80,7 +80,7 @@ def _kfqn(name: str) -> Callable[[Problem, float, Settings], Recipe]:
 
     def build(problem: Problem, learning_rate: float, settings: Settings) -> Recipe:
         make = functools.partial(getattr(kfqn, name), learning_rate, **settings)
-        return _second_order(problem, make)
+        return _second_order(problem, make, warm=name.startswith("kbfgs"))
 
     return build
 
@@ -88,8 +88,9 @@ def _kfqn(name: str) -> Callable[[Problem, float, Settings], Recipe]:
 def _second_order(
     problem: Problem,
     make: Callable[[kfqn.Layers], optax.GradientTransformationExtraArgs],
+    warm: bool,
 ) -> Recipe:
-    """A recipe with the transformation that ``make`` returns for the layers found."""
+    """A recipe with the transformation that ``make`` returns for the layers found, warm-started or not."""
     params = jax.eval_shape(problem.init, 0)
     example = jax.ShapeDtypeStruct((1, problem.widths[0]), jnp.float32)
     layers = kfqn.find_layers(problem.model, {"params": params}, example)
@@ -98,6 +99,8 @@ def _second_order(
 
     def init(params, batches):
         opt_state: Tree = tx.init(params)
+        if not warm:
+            return opt_state
         return kfqn.warm_start(opt_state, value_and_grad, params, ((images,) for images in batches))
 
     def step(params, opt_state, images):
