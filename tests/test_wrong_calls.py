@@ -479,7 +479,7 @@ UPDATE = {
     "a part of it": (
         update(state=lambda: KBFGS.init(PARAMS)[0]),
         ValueError,
-        "ScaleByKfqnState of 9",
+        "ScaleByKfqnState of",
         AGAIN,
     ),
     "parameters for it": (update(state=lambda: PARAMS), ValueError, STATED, "a dict", AGAIN),
