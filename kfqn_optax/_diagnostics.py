@@ -1,16 +1,44 @@
 """What a user plots: how each layer's factors are doing."""
 
-from typing import Any
+from typing import Any, TypedDict
 
-import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
 
-def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
+class SideReport(TypedDict):
+    """Of one side of a layer; a number each, or one for each of the layer's stacked copies."""
+
+    taken: jax.Array
+    damped: jax.Array
+    skipped: jax.Array
+    ratio: jax.Array
+    norm: jax.Array
+
+
+class LayerReport(TypedDict):
+    """Of one layer."""
+
+    input: SideReport
+    output: SideReport
+
+
+class Report(TypedDict):
+    """What :func:`diagnostics` returns."""
+
+    count: jax.Array
+    rejected: jax.Array
+    damping: jax.Array
+    share: jax.Array
+    rule: dict[str, jax.Array]
+    layers: dict[str, LayerReport]
+
+
+def diagnostics(opt_state: optax.OptState) -> Report:
     """Numbers about the optimizer's last step and its pairs so far; may be called under ``jax.jit``.
 
     Args:
@@ -48,7 +76,7 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
         return state
 
     map_states(collect, as_arrays(opt_state), "kfqn.diagnostics")
-    layers: dict[str, Any] = {}
+    layers: dict[str, LayerReport] = {}
     for state in found:  # several with optax.partition, each for its own layers
         for name in state.inputs:
             layers[name] = {
@@ -67,7 +95,7 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
     }
 
 
-def _side(side: Any) -> dict[str, jax.Array]:
+def _side(side: Any) -> SideReport:
     copies = side.pairs.ratio.ndim
     squares = [
         jnp.square(leaf).sum(tuple(range(copies, leaf.ndim))) for leaf in jax.tree.leaves(side.factor)
