@@ -48,4 +48,5 @@ def newest(session: nox.Session) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Wheel and sdist, built and tried."""
-    session.run("bash", ".ci/package", external=True)
+    session.install("build")
+    session.run("bash", ".ci/package", "python", external=True)
