@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -37,7 +36,7 @@ def kbfgs(
     decay: float = 0.9,
     mu1: float = 0.2,
     weight_decay: float = 0.0,
-    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    mask: optax.Params | Callable[[Any], Any] | None = None,
     update_every: int = 1,
     others_decay: float | None = 0.95,
     groups: int = 1,
@@ -146,7 +145,7 @@ def kbfgs_l(
     decay: float = 0.9,
     mu1: float = 0.2,
     weight_decay: float = 0.0,
-    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    mask: optax.Params | Callable[[Any], Any] | None = None,
     update_every: int = 1,
     others_decay: float | None = 0.95,
     max_dim: int | None = None,
@@ -215,7 +214,7 @@ def kfqn(
     decay: float = 0.9,
     mu1: float = 0.2,
     weight_decay: float = 0.0,
-    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    mask: optax.Params | Callable[[Any], Any] | None = None,
     update_every: int = 1,
     others_decay: float | None = 0.95,
     groups: int = 1,
@@ -283,7 +282,7 @@ def kfac(
     inverse_every: int = 4,
     statistics_rows: int | None = 250,
     weight_decay: float = 0.0,
-    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None = None,
+    mask: optax.Params | Callable[[Any], Any] | None = None,
     max_dim: int | None = None,
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
@@ -436,7 +435,7 @@ def _chain(
     layers: Layers,
     *,
     weight_decay: float,
-    mask: chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None,
+    mask: optax.Params | Callable[[Any], Any] | None,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     if isinstance(learning_rate, Layers):

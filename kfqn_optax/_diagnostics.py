@@ -1,16 +1,45 @@
 """What a user plots: how each layer's factors are doing."""
 
-from typing import Any
+from typing import Any, TypedDict
 
-import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
 
-def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
+class SideReport(TypedDict):
+    """Of one side of a layer; a number each, or one for each of the layer's stacked copies."""
+
+    taken: jax.Array
+    damped: jax.Array
+    skipped: jax.Array
+    ratio: jax.Array
+    norm: jax.Array
+
+
+class LayerReport(TypedDict):
+    """Of one layer."""
+
+    input: SideReport
+    output: SideReport
+
+
+class Report(TypedDict):
+    """What :func:`diagnostics` returns."""
+
+    count: jax.Array
+    rejected: jax.Array
+    outliers: jax.Array
+    damping: jax.Array
+    share: jax.Array
+    rule: dict[str, jax.Array]
+    layers: dict[str, LayerReport]
+
+
+def diagnostics(opt_state: optax.OptState) -> Report:
     """Numbers about the optimizer's last step and its pairs so far; may be called under ``jax.jit``.
 
     Args:
@@ -21,7 +50,8 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
       A dictionary of
 
       * ``"count"``: updates made, ``"rejected"``: those that were left out because a number was not
-        finite;
+        finite, the batch far from what is usual, or the loss after the step far above that before;
+        ``"outliers"``: those left out for the second of these reasons;
       * ``"damping"`` of the last update, ``"share"``: the part of the proposed step that was made in it, 0
         if it was left out; ``"rule"``: the numbers that the step rule keeps, such as ``"cap"`` of
         :func:`measured`, or ``"alpha"``, ``"mu"`` and ``"ratio"`` of :func:`quadratic`;
@@ -48,7 +78,7 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
         return state
 
     map_states(collect, as_arrays(opt_state), "kfqn.diagnostics")
-    layers: dict[str, Any] = {}
+    layers: dict[str, LayerReport] = {}
     for state in found:  # several with optax.partition, each for its own layers
         for name in state.inputs:
             layers[name] = {
@@ -60,6 +90,7 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
     return {
         "count": first.count,
         "rejected": first.rejected,
+        "outliers": first.usual.outliers if first.usual else jnp.zeros([], jnp.int32),
         "damping": first.damping,
         "share": first.share,
         "rule": {name: value for name, value in rule.items() if getattr(value, "ndim", None) == 0},
@@ -67,7 +98,7 @@ def diagnostics(opt_state: chex.ArrayTree) -> dict[str, Any]:
     }
 
 
-def _side(side: Any) -> dict[str, jax.Array]:
+def _side(side: Any) -> SideReport:
     copies = side.pairs.ratio.ndim
     squares = [
         jnp.square(leaf).sum(tuple(range(copies, leaf.ndim))) for leaf in jax.tree.leaves(side.factor)

@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from optax import Params as ArrayTree
 
 from kfqn_optax._meshes import in_any_mesh
 
@@ -47,14 +47,14 @@ def divided(state: Any, copies: int, mesh: Mesh | None) -> Any:
     return jax.tree.map(divide, state)
 
 
-def gathered(tree: chex.ArrayTree, mesh: Mesh | None) -> chex.ArrayTree:
+def gathered(tree: ArrayTree, mesh: Mesh | None) -> ArrayTree:
     """The tree, all of it on every device of ``mesh``."""
     if mesh is None or AxisType.Explicit in mesh.axis_types:
         return tree
     return jax.tree.map(lambda leaf: _placed(leaf, mesh, PartitionSpec()), tree)
 
 
-def whole(state: Any, like: chex.ArrayTree, mesh: Mesh | None) -> Any:
+def whole(state: Any, like: ArrayTree, mesh: Mesh | None) -> Any:
     """What :func:`divided` was given, in the shapes of ``like``; the compiler leaves it where it is."""
     if mesh is None:
         return state

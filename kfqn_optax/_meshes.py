@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 from jax.sharding import AxisType, PartitionSpec
+from optax import Params as ArrayTree
 
 
-def in_any_mesh(function: Callable[..., Any], *args: Any, like: chex.ArrayTree | None = None) -> Any:
+def in_any_mesh(function: Callable[..., Any], *args: Any, like: ArrayTree | None = None) -> Any:
     """``function(*args)``, with results divided as the arrays of ``like`` are, or the same on all devices.
 
     Where a mesh has axes of type ``Explicit``, a sum over an axis that is divided among devices has to say

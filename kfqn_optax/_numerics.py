@@ -4,21 +4,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.custom_batching
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._meshes import in_any_mesh
 
 
-def safe_divide(numerator: chex.Numeric, denominator: jax.Array) -> jax.Array:
+def safe_divide(numerator: jax.Array | float, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator``, and 0 where the denominator is 0."""
     zero = denominator == 0
     return jnp.where(zero, 0, numerator / jnp.where(zero, 1, denominator))
 
 
-def all_finite(tree: chex.ArrayTree) -> jax.Array:
+def all_finite(tree: ArrayTree) -> jax.Array:
     """Whether no element of any leaf is inf or NaN, as one boolean array.
 
     Both survive a sum, which is one pass over each leaf. (So does an overflow of the sum itself, at
@@ -32,7 +32,7 @@ def all_finite(tree: chex.ArrayTree) -> jax.Array:
     return jnp.isfinite(in_any_mesh(total, tree))
 
 
-def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
+def inner(a: ArrayTree, b: ArrayTree) -> jax.Array:
     """<a, b> over all leaves of two trees of the same shapes."""
 
     def total(a, b):
@@ -42,7 +42,7 @@ def inner(a: chex.ArrayTree, b: chex.ArrayTree) -> jax.Array:
     return in_any_mesh(total, a, b)
 
 
-def pooled(*trees: chex.ArrayTree) -> list[list[jax.Array]]:
+def pooled(*trees: ArrayTree) -> list[list[jax.Array]]:
     """For each of these trees of the same shapes its leaves, the small ones joined to one vector.
 
     Sums over a whole tree then compile, and run, as few kernels.
@@ -63,7 +63,7 @@ def pooled(*trees: chex.ArrayTree) -> list[list[jax.Array]]:
 POOLED = 2**18
 
 
-def select(condition: jax.Array, on_true: chex.ArrayTree, on_false: chex.ArrayTree):
+def select(condition: jax.Array, on_true: ArrayTree, on_false: ArrayTree):
     """``on_true`` where the scalar ``condition`` holds and ``on_false`` elsewhere, leaf by leaf."""
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
 

@@ -1,9 +1,12 @@
 """Flax's ``TrainState``, with a way through for ``curvature``."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import flax.training.train_state
 import optax
+
+from kfqn_optax._capture.curvature import Curvature
 
 
 class TrainState(flax.training.train_state.TrainState):
@@ -24,7 +27,14 @@ class TrainState(flax.training.train_state.TrainState):
       1
     """
 
-    def apply_gradients(self, *, grads: Any, curvature: Any = None, **kwargs: Any) -> "TrainState":
+    @classmethod
+    def create(
+        cls, *, apply_fn: Callable[..., Any], params: Any, tx: optax.GradientTransformation, **kwargs: Any
+    ) -> Self:
+        """The state at the start, as in Flax."""
+        return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+
+    def apply_gradients(self, *, grads: Any, curvature: Curvature | None = None, **kwargs: Any) -> Self:
         """One update; ``kwargs`` replace other fields of the state, as in Flax."""
         update = optax.with_extra_args_support(self.tx).update
         updates, opt_state = update(grads, self.opt_state, self.params, curvature=curvature)

@@ -10,10 +10,10 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
+from optax import Params as ArrayTree
 
 from kfqn_optax import _usual as usual
 from kfqn_optax._capture.curvature import Curvature
@@ -61,7 +61,7 @@ class ScaleByKfqnState(NamedTuple):
     """
 
     count: jax.Array
-    momentum: chex.ArrayTree
+    momentum: ArrayTree
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     others: others.OthersState | tuple[()]
@@ -117,7 +117,7 @@ class _Batch(NamedTuple):
     before: dict[str, Statistics]
     inputs: dict[str, Statistics]
     outputs: dict[str, Statistics]
-    sampled: chex.ArrayTree | None
+    sampled: ArrayTree | None
 
 
 class _Sides(NamedTuple):
@@ -289,7 +289,7 @@ def scale_by_kfqn(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _init(method: _Method, params: chex.ArrayTree) -> ScaleByKfqnState:
+def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
     _check_real(params)
 
@@ -338,7 +338,7 @@ def _whole(method: _Method, present: Layers, state: ScaleByKfqnState) -> ScaleBy
 
 
 def _usual(
-    state: usual.UsualState | tuple[()], curvature: Curvature, grads: chex.ArrayTree, sane: jax.Array
+    state: usual.UsualState | tuple[()], curvature: Curvature, grads: ArrayTree, sane: jax.Array
 ) -> tuple[usual.UsualState | tuple[()], jax.Array]:
     """What is usual after this batch, and whether the batch is both sane and not far from it."""
     if not isinstance(state, usual.UsualState):
@@ -360,7 +360,7 @@ def _learn(
     method: _Method,
     present: Layers,
     state: ScaleByKfqnState,
-    grads: chex.ArrayTree,
+    grads: ArrayTree,
     curvature: Curvature,
     damping: jax.Array,
     sane: jax.Array,
@@ -405,7 +405,7 @@ def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Arr
     return _Batch(before, inputs, outputs, sampled)
 
 
-def _average(method: _Method, state: ScaleByKfqnState, grads: chex.ArrayTree, sane: jax.Array):
+def _average(method: _Method, state: ScaleByKfqnState, grads: ArrayTree, sane: jax.Array):
     """M; with momentum, without a gradient that is not finite."""
     if method.without_momentum:
         return jax.tree.map(lambda g: g.astype(_wide(g)), grads)
@@ -441,7 +441,7 @@ def _observe(
     method: _Method,
     present: Layers,
     state: ScaleByKfqnState,
-    grads: chex.ArrayTree,
+    grads: ArrayTree,
     batch: _Batch,
     dampings: _Sides,
     curvature: Curvature,
@@ -492,9 +492,9 @@ def _precondition(
     method: _Method,
     sides: _Sides,
     rest: others.OthersState | tuple[()],
-    average: chex.ArrayTree,
+    average: ArrayTree,
     damping: jax.Array,
-) -> chex.ArrayTree:
+) -> ArrayTree:
     """The direction: H_a M H_g in each layer."""
     matrices = get_matrices(present, average)
     rows_done = each(present, method.inputs, "apply", sides.inputs, matrices)
@@ -515,7 +515,7 @@ def _second_pass(
     batch: Any,
     dampings: Any,
     curvature: Curvature,
-    update: chex.ArrayTree,
+    update: ArrayTree,
 ) -> tuple[_Sides, jax.Array, jax.Array, jax.Array]:
     """The sides after they saw the batch at the end of the step, the loss there, whether it is known, and
     whether what was measured there is finite."""
@@ -628,7 +628,7 @@ def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
     return jnp.where(slope < 0, matrix, direction)
 
 
-def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:
+def _raw(curvature: Curvature, updates: ArrayTree) -> tuple[ArrayTree, jax.Array]:
     """The gradient before it was scaled or clipped, masked as ``updates``, and its norm over theirs."""
     raw = jax.tree.map(
         lambda u, g: u if is_masked(u) else g,
@@ -646,7 +646,7 @@ def _raw(curvature: Curvature, updates: chex.ArrayTree) -> tuple[chex.ArrayTree,
     return raw, safe_divide(norm(raw), norm(updates))
 
 
-def _check_real(params: chex.ArrayTree) -> None:
+def _check_real(params: ArrayTree) -> None:
     for path, leaf in leaves_by_path(params)[0].items():
         if not is_masked(leaf) and jnp.iscomplexobj(leaf):
             raise ValueError(
@@ -655,7 +655,7 @@ def _check_real(params: chex.ArrayTree) -> None:
             )
 
 
-def _check_state(method: _Method, state: Any, params: chex.ArrayTree) -> None:
+def _check_state(method: _Method, state: Any, params: ArrayTree) -> None:
     """Raise unless ``state`` is one that this method's ``init`` makes."""
     if not isinstance(state, ScaleByKfqnState):
         raise other_state(f"of type {type(state).__name__}")

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._numerics import ema, inner
@@ -44,7 +44,7 @@ def init() -> UsualState:
     return UsualState(Sizes(zero, zero, zero), jnp.zeros([], jnp.int32))
 
 
-def sizes_of(value: jax.Array, grads: chex.ArrayTree, statistics: Iterable[Statistics]) -> Sizes:
+def sizes_of(value: jax.Array, grads: ArrayTree, statistics: Iterable[Statistics]) -> Sizes:
     inputs = sum((s.squares.sum() for s in statistics), start=jnp.zeros([]))
     found = Sizes(jnp.abs(value), jnp.sqrt(inner(grads, grads)), inputs)
     return jax.tree.map(lambda size: jnp.asarray(size, jnp.float32), found)

@@ -1,9 +1,8 @@
 """The paper's start: A from one pass over the data."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -13,13 +12,15 @@ from kfqn_optax._shown import shown
 from kfqn_optax._sides.hessian_action import GIVEN, HessianActionState
 from kfqn_optax._transform import ScaleByKfqnState, map_states
 
+State = TypeVar("State")
+
 
 def warm_start(
-    opt_state: chex.ArrayTree,
-    value_and_grad: ValueAndGrad,
-    params: chex.ArrayTree,
+    opt_state: State,
+    value_and_grad: ValueAndGrad[..., Any],
+    params: Any,
     batches: Iterable[Any],
-) -> Any:
+) -> State:
     """Start A as its mean over batches, forward passes only; without it the first batch starts A.
 
     Args:
@@ -103,7 +104,7 @@ def warm_start(
     return assign(opt_state, map_states(warm, as_arrays(opt_state), "kfqn.warm_start"))
 
 
-def _moments(value_and_grad: ValueAndGrad, params: Any, batch: tuple[Any, ...]) -> dict[str, Any]:
+def _moments(value_and_grad: ValueAndGrad[..., Any], params: Any, batch: tuple[Any, ...]) -> dict[str, Any]:
     statistics = value_and_grad.statistics(params, batch, {}, {})
     return {name: value.second_moment for name, value in statistics.items()}
 
@@ -113,7 +114,7 @@ _moments_of_arrays = jax.jit(_moments, static_argnums=0)
 _moments_of_model = jit_with_models(_moments, static_argnums=0)
 
 
-def _warmed(opt_state: chex.ArrayTree) -> list[str]:
+def _warmed(opt_state: Any) -> list[str]:
     names: list[str] = []
 
     def collect(state: ScaleByKfqnState) -> ScaleByKfqnState:

@@ -42,7 +42,7 @@ ROOMS = {  # what the files of each folder may import of the package, besides th
     },
     "_diagnostics": {"_capture", "_transform"},
     "_warm_start": {"_capture", "_sides", "_transform", "_shown"},
-    "_train_state": set(),
+    "_train_state": {"_capture"},
     "_alias": {"_capture", "_sides", "_steps", "_transform", "_constants"},
 }
 

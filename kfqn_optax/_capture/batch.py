@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.call import Call, slots_of
 from kfqn_optax._capture.examples import count_examples, take
@@ -56,13 +56,13 @@ class Batch:
             program = jax.make_jaxpr(loss)()
         return met, has_loop(program)
 
-    def loss(self, rows: int | None) -> Callable[[chex.ArrayTree], jax.Array]:
+    def loss(self, rows: int | None) -> Callable[[ArrayTree], jax.Array]:
         """The loss of the last examples as a function of the parameters."""
         call = self._part(rows, last=True)
         return lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
 
     def statistics(
-        self, params: chex.ArrayTree, vectors: Mapping[str, jax.Array]
+        self, params: ArrayTree, vectors: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, Statistics]]:
         """The loss and the statistics of the whole batch."""
         owner = self.owner
@@ -73,8 +73,8 @@ class Batch:
         return value, normalise(self.layers, params, sums, vectors)
 
     def sampled(
-        self, params: chex.ArrayTree, rows: int | None, key: jax.Array
-    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+        self, params: ArrayTree, rows: int | None, key: jax.Array
+    ) -> tuple[dict[str, Statistics], ArrayTree | None]:
         """The statistics of sampled gradients on the first examples, and these gradients."""
         call = self._part(rows, last=False)
 

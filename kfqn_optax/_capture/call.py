@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layers, put
 from kfqn_optax._capture.nnx import is_state
@@ -44,7 +44,7 @@ class TreeCall:
     """A call of losses that are functions of a tree of parameters."""
 
     layers: Layers
-    params: chex.ArrayTree
+    params: ArrayTree
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.examples import check_rows
@@ -43,10 +43,10 @@ class Curvature:
     def __init__(
         self,
         value: jax.Array,
-        params: chex.ArrayTree,
+        params: optax.Params,
         statistics: dict[str, Statistics],
         batch: Batch,
-        grads: chex.ArrayTree | None = None,
+        grads: optax.Updates | None = None,
     ):
         self.value = value
         self.params = params
@@ -68,7 +68,7 @@ class Curvature:
     def __repr__(self) -> str:
         return f"Curvature of the layers {list(self.statistics)}"
 
-    def after(self, updates: chex.ArrayTree, vectors: Mapping[str, jax.Array] | None = None) -> "Curvature":
+    def after(self, updates: optax.Updates, vectors: Mapping[str, jax.Array] | None = None) -> "Curvature":
         """The curvature of the same batch, with the same keys, at ``params + updates``.
 
         This is the second pass: a forward and a backward pass without weight gradients.
@@ -121,7 +121,7 @@ class Curvature:
         usual = sum(math.prod(layer.copies) * layer.out_dim for layer in self._batch.layers)
         return jnp.maximum(inner(wide, wide), LEAST * usual)
 
-    def value_at(self, updates: chex.ArrayTree, rows: int | None = None) -> jax.Array:
+    def value_at(self, updates: optax.Updates, rows: int | None = None) -> jax.Array:
         """The loss at ``params + updates``, of the same batch with the same keys: one forward pass.
 
         Args:
@@ -131,7 +131,7 @@ class Curvature:
         check_rows(rows, "curvature.value_at")
         return self._batch.owner.mean(self._batch.loss(rows)(self._moved(updates, "curvature.value_at")))
 
-    def forms(self, directions: Sequence[chex.ArrayTree], rows: int | None = None) -> Forms:
+    def forms(self, directions: Sequence[optax.Updates], rows: int | None = None) -> Forms:
         """The loss along K directions to second order: phi(c) = L(params + sum_i c_i u_i) around c = 0.
 
         The second derivatives are those of the Gauss-Newton matrix where the loss marks its
@@ -201,7 +201,7 @@ class Curvature:
 
     def factors(
         self, rows: int | None = None, key: int | jax.Array | None = None
-    ) -> tuple[dict[str, Statistics], chex.ArrayTree | None]:
+    ) -> tuple[dict[str, Statistics], optax.Updates | None]:
         """:meth:`factor_statistics`, and the gradient that parameters of no layer make their factor of.
 
         Returns:
@@ -216,7 +216,7 @@ class Curvature:
         positions = {layer.name: layer.positions for layer in self._batch.layers}
         return {name: _centred(value, positions[name]) for name, value in self.statistics.items()}, None
 
-    def slope(self, updates: chex.ArrayTree, grads: chex.ArrayTree) -> jax.Array:
+    def slope(self, updates: optax.Updates, grads: optax.Updates) -> jax.Array:
         """<grads, -updates>, what the loss falls by along the updates to first order.
 
         With the parameters as they are, rounded to their dtype; without those masked in ``grads``.
@@ -231,7 +231,7 @@ class Curvature:
         )
         return inner(grads, moved)
 
-    def _moved(self, updates: chex.ArrayTree, call: str) -> chex.ArrayTree:
+    def _moved(self, updates: optax.Updates, call: str) -> optax.Updates:
         check_like(self.params, updates, call)
         moved = jax.tree.map(
             lambda u, p: p if is_masked(u) else jnp.asarray(p + u, jnp.result_type(p)),

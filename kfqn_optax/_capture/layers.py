@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 import rich.box
 import rich.console
 import rich.table
+from optax import Params as ArrayTree
 
 Path = tuple[str, ...]
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -281,7 +281,7 @@ def is_masked(leaf: object) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def leaves_by_path(tree: chex.ArrayTree) -> tuple[dict[Path, Any], Any]:
+def leaves_by_path(tree: ArrayTree) -> tuple[dict[Path, Any], Any]:
     """The leaves of a tree (and its ``MaskedNode``), keyed by path, in tree order, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
     return {_path(keys): leaf for keys, leaf in leaves}, structure
@@ -310,7 +310,7 @@ def put(tree: Any, path: Path, key: str, value: Any) -> Any:
     return grown if isinstance(tree, dict) else type(tree)(grown)  # an nnx.State stays one
 
 
-def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
+def check_parameters(layers: Layers, params: ArrayTree, call: str) -> None:
     """Raise ``ValueError`` unless ``params`` has every layer's parameters, with the shapes found."""
     present, _ = leaves_by_path(params)
     for path, leaf in present.items():
@@ -332,7 +332,7 @@ def check_parameters(layers: Layers, params: chex.ArrayTree, call: str) -> None:
                 )
 
 
-def check_like(params: chex.ArrayTree, tree: chex.ArrayTree, call: str) -> None:
+def check_like(params: ArrayTree, tree: ArrayTree, call: str) -> None:
     """Raise ``ValueError`` unless ``tree`` is shaped like ``params``, or has ``MaskedNode`` in places."""
     wanted, _ = leaves_by_path(params)
     given, _ = leaves_by_path(tree)
@@ -391,7 +391,7 @@ def _not_there(
     )
 
 
-def layers_within(layers: Layers, tree: chex.ArrayTree, call: str) -> Layers:
+def layers_within(layers: Layers, tree: ArrayTree, call: str) -> Layers:
     """The layers whose parameters ``tree`` holds unmasked; a masked bias leaves the kernel's rows."""
     check_parameters(layers, tree, call)
     present, _ = leaves_by_path(tree)
@@ -403,7 +403,7 @@ def layers_within(layers: Layers, tree: chex.ArrayTree, call: str) -> Layers:
     return dataclasses.replace(layers, found=tuple(kept))
 
 
-def get_matrices(layers: Layers, tree: chex.ArrayTree) -> dict[str, jax.Array]:
+def get_matrices(layers: Layers, tree: ArrayTree) -> dict[str, jax.Array]:
     """For each layer its matrix (*copies, d_in [+ 1], d_out) from a tree shaped like the parameters."""
     leaves, _ = leaves_by_path(tree)
     return {
@@ -415,7 +415,7 @@ def get_matrices(layers: Layers, tree: chex.ArrayTree) -> dict[str, jax.Array]:
     }
 
 
-def set_matrices(layers: Layers, tree: chex.ArrayTree, matrices: Mapping[str, jax.Array]) -> chex.ArrayTree:
+def set_matrices(layers: Layers, tree: ArrayTree, matrices: Mapping[str, jax.Array]) -> ArrayTree:
     """``tree`` with the layers' leaves replaced from their matrices; all other leaves as they are."""
     leaves, structure = leaves_by_path(tree)
     for layer in layers:

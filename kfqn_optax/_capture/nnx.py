@@ -17,11 +17,11 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.forms import Form, Unsupported, check_real, layer_of, layers_of
 from kfqn_optax._capture.layers import Layer, Layers, Path, leaves_by_path
@@ -356,7 +356,7 @@ class ModelCall:
         return value, grads, sums
 
     def slot_grads(
-        self, loss_fn: Callable[..., Any], params: chex.ArrayTree, slots: Mapping[str, Slot], has_aux: bool
+        self, loss_fn: Callable[..., Any], params: ArrayTree, slots: Mapping[str, Slot], has_aux: bool
     ) -> tuple[jax.Array, Any]:
         """The loss and the slot gradients at ``params``; the model stays as it is."""
         model, args, kwargs = self._at(params)
@@ -365,7 +365,7 @@ class ModelCall:
         return (value[0] if has_aux else value), sums
 
     def all_grads(
-        self, loss_fn: Callable[..., Any], params: chex.ArrayTree, slots: Mapping[str, Slot]
+        self, loss_fn: Callable[..., Any], params: ArrayTree, slots: Mapping[str, Slot]
     ) -> tuple[Any, Any]:
         """The gradients at ``params``, of the parameters and the slots; the model stays as it is."""
         model, args, kwargs = self._at(params)
@@ -375,7 +375,7 @@ class ModelCall:
         )
         return as_arrays(grads), sums
 
-    def value(self, loss_fn: Callable[..., Any], params: chex.ArrayTree, has_aux: bool) -> jax.Array:
+    def value(self, loss_fn: Callable[..., Any], params: ArrayTree, has_aux: bool) -> jax.Array:
         """The loss at ``params``; the model stays as it is."""
         model, args, kwargs = self._at(params)
         value = loss_fn(model, *args, **kwargs)
@@ -388,7 +388,7 @@ class ModelCall:
         call._leaves = jax.tree.leaves((args, dict(self._kwargs)), is_leaf=_is_node)
         return call
 
-    def _at(self, params: chex.ArrayTree) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    def _at(self, params: ArrayTree) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Copies of the model, at ``params``, and of the arguments, as they were at the start."""
         graphdef, state = self._start
         model, *nodes = nnx.merge(graphdef, state, copy=True)

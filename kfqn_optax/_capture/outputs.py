@@ -47,7 +47,7 @@ _tracing = jax.make_user_context(None)
 _calls = itertools.count()
 
 
-def outputs(z: Any, distribution: str | None = None) -> Any:
+def outputs(z: Any, distribution: str | None = None) -> jax.Array:
     """``z``, marked as what the loss is a function of: an identity, in value and gradient, anywhere.
 
     Inside the ``loss_fn`` of :func:`value_and_grad` it lets ``curvature.forms`` be those of the

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import is_masked
 from kfqn_optax._capture.nnx import as_arrays
@@ -27,8 +27,8 @@ class Forms(NamedTuple):
 
 
 def forms_of(
-    loss: Callable[[chex.ArrayTree], jax.Array],
-    params: chex.ArrayTree,
+    loss: Callable[[ArrayTree], jax.Array],
+    params: ArrayTree,
     directions: Sequence[Any],
     stacked: bool,
 ) -> Forms:
@@ -102,7 +102,7 @@ def _in_pairs(
     return Forms(along(start), of_each, matrix)
 
 
-def _tangents(params: chex.ArrayTree, direction: Any) -> list[Any]:
+def _tangents(params: ArrayTree, direction: Any) -> list[Any]:
     """For each leaf of ``params`` its tangent, or ``MaskedNode``."""
 
     def place(u, p):

@@ -14,9 +14,9 @@ Rows are counted by ``kfqn.weights`` where the loss uses it.
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layer, Layers, get_matrices, to_front
 from kfqn_optax._meshes import in_any_mesh
@@ -61,7 +61,7 @@ class Statistics(NamedTuple):
 
 def normalise(
     layers: Layers,
-    params: chex.ArrayTree,
+    params: ArrayTree,
     sums: Mapping[str, Mapping[str, jax.Array]],
     vectors: Mapping[str, jax.Array],
     sampled: bool = False,

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar, overload
 
 import jax
+from jax.typing import ArrayLike
 
 from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.call import slots_of
@@ -18,7 +19,44 @@ from kfqn_optax._capture.tap import Reached, varying
 from kfqn_optax._constants import check_constants
 from kfqn_optax._shown import shown
 
+Args = ParamSpec("Args")
+Aux = TypeVar("Aux")
+Value = TypeVar("Value")
 
+
+@overload
+def value_and_grad(
+    loss_fn: Callable[Concatenate[Any, Args], ArrayLike],
+    layers: Layers,
+    *,
+    has_aux: Literal[False] = False,
+    forward: Callable[..., Any] | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    groups: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> "ValueAndGrad[Args, jax.Array]": ...
+@overload
+def value_and_grad(
+    loss_fn: Callable[Concatenate[Any, Args], tuple[ArrayLike, Aux]],
+    layers: Layers,
+    *,
+    has_aux: Literal[True],
+    forward: Callable[..., Any] | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    groups: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> "ValueAndGrad[Args, tuple[jax.Array, Aux]]": ...
+@overload
+def value_and_grad(
+    loss_fn: Callable[Concatenate[Any, Args], Any],
+    layers: Layers,
+    *,
+    has_aux: bool,
+    forward: Callable[..., Any] | None = None,
+    batch_argnums: int | Sequence[int] | None = None,
+    groups: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> "ValueAndGrad[Args, Any]": ...
 def value_and_grad(
     loss_fn: Callable[..., Any],
     layers: Layers,
@@ -28,7 +66,7 @@ def value_and_grad(
     batch_argnums: int | Sequence[int] | None = None,
     groups: int = 1,
     axis_name: str | tuple[str, ...] | None = None,
-) -> "ValueAndGrad":
+) -> "ValueAndGrad[..., Any]":
     """Like ``jax.value_and_grad``, and the curvature statistics of the same pass.
 
     Args:
@@ -121,10 +159,12 @@ def value_and_grad(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable, as a static argument of a jitted function
-class ValueAndGrad(Loss):
+class ValueAndGrad(Loss, Generic[Args, Value]):
     """What :func:`value_and_grad` returns."""
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any):
+    def __call__(
+        self, params: Any, *args: Args.args, **kwargs: Args.kwargs
+    ) -> tuple[Value, Any, Curvature]:
         call = self.call(params, args, kwargs)
         loss, reached = self.tapped(self.scalar), Reached()
         slots = slots_of(self.layers, {})

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +9,7 @@ from kfqn_optax._numerics import safe_divide
 from kfqn_optax._sides.factor import InverseFactor
 
 
-def init(dim: int, dtype: Any, scale: chex.Numeric = 1.0) -> jax.Array:
+def init(dim: int, dtype: Any, scale: jax.Array | float = 1.0) -> jax.Array:
     """H = scale I."""
     return jnp.asarray(scale, dtype) * jnp.eye(dim, dtype=dtype)
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +18,7 @@ class InverseFactor(NamedTuple):
       apply: ``apply(state, x) -> H x`` for x of shape (dim,) or (dim, k).
     """
 
-    init: Callable[[int, Any, chex.Numeric], Any]
+    init: Callable[[int, Any, jax.Array | float], Any]
     update: Callable[[Any, jax.Array, jax.Array], Any]
     apply: Callable[[Any, jax.Array], jax.Array]
 

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -73,7 +72,7 @@ def lbfgs(memory: int) -> InverseFactor:
     """
     check_constants(memory=memory)
 
-    def init(dim: int, dtype: Any, scale: chex.Numeric = 1.0) -> LbfgsState:
+    def init(dim: int, dtype: Any, scale: jax.Array | float = 1.0) -> LbfgsState:
         zeros = jnp.zeros((int(memory), dim), dtype)
         return LbfgsState(zeros, zeros, jnp.asarray(scale, dtype))
 

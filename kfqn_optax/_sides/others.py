@@ -2,9 +2,9 @@
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layers, is_masked, leaves_by_path
 from kfqn_optax._numerics import ema
@@ -24,7 +24,7 @@ class OthersState(NamedTuple):
     count: jax.Array
 
 
-def init(layers: Layers, params: chex.ArrayTree) -> OthersState:
+def init(layers: Layers, params: ArrayTree) -> OthersState:
     zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in _others(layers, params).items()}
     return OthersState(zeros, dict(zeros), jnp.zeros([], jnp.int32))
 
@@ -32,9 +32,9 @@ def init(layers: Layers, params: chex.ArrayTree) -> OthersState:
 def observe(
     state: OthersState,
     layers: Layers,
-    grads: chex.ArrayTree,
-    sampled: chex.ArrayTree | None,
-    examples: chex.Numeric,
+    grads: ArrayTree,
+    sampled: ArrayTree | None,
+    examples: jax.Array | float,
     good: jax.Array,
     decay: float,
 ) -> OthersState:
@@ -66,7 +66,7 @@ def observe(
     return OthersState(mean, second, state.count + good)
 
 
-def apply(state: OthersState, layers: Layers, tree: chex.ArrayTree, damping: jax.Array) -> chex.ArrayTree:
+def apply(state: OthersState, layers: Layers, tree: ArrayTree, damping: jax.Array) -> ArrayTree:
     """(diag C + damping)^-1 times those leaves of ``tree`` that belong to no layer; the rest as it is."""
     leaves, structure = leaves_by_path(tree)
     for path in paths(layers, tree):
@@ -75,14 +75,14 @@ def apply(state: OthersState, layers: Layers, tree: chex.ArrayTree, damping: jax
     return jax.tree.unflatten(structure, list(leaves.values()))
 
 
-def paths(layers: Layers, tree: chex.ArrayTree) -> list[tuple[str, ...]]:
+def paths(layers: Layers, tree: ArrayTree) -> list[tuple[str, ...]]:
     """Where the parameters are that belong to no layer and are not masked."""
     taken = {path for layer in layers for path in layer.parameter_shapes}
     leaves, _ = leaves_by_path(tree)
     return [path for path, leaf in leaves.items() if path not in taken and not is_masked(leaf)]
 
 
-def _others(layers: Layers, tree: chex.ArrayTree) -> dict[str, jax.Array]:
+def _others(layers: Layers, tree: ArrayTree) -> dict[str, jax.Array]:
     leaves, _ = leaves_by_path(tree)
     wide = lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
     return {"/".join(path): wide(leaves[path]) for path in paths(layers, tree)}

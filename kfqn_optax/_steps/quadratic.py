@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
@@ -35,7 +35,7 @@ class QuadraticState(NamedTuple):
       ratio: actual over predicted change of the loss in the last step, -1 if the loss rose.
     """
 
-    last: chex.ArrayTree
+    last: ArrayTree
     count: jax.Array
     scale: jax.Array
     level: jax.Array

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from kfqn_optax._capture.curvature import Curvature
 
@@ -22,9 +22,9 @@ class Proposal(NamedTuple):
       curvature: the batch, which can be asked for ``forms`` and ``value_at``.
     """
 
-    grads: chex.ArrayTree
-    average: chex.ArrayTree
-    direction: chex.ArrayTree
+    grads: optax.Updates
+    average: optax.Updates
+    direction: optax.Updates
     learning_rate: jax.Array
     damping: jax.Array
     curvature: Curvature
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
     slope: jax.Array
     mean_slope: jax.Array
     sane: jax.Array
-    update: chex.ArrayTree
+    update: optax.Updates
 
 
 def _damping(state: Any, damping: jax.Array, curvature: Curvature) -> jax.Array:
@@ -97,9 +97,9 @@ class StepRule(NamedTuple):
       ... )
     """
 
-    init: Callable[[chex.ArrayTree], Any]
-    propose: Callable[[Any, Proposal], tuple[chex.ArrayTree, Any]]
-    review: Callable[[Any, Outcome], tuple[chex.Numeric, Any]]
+    init: Callable[[optax.Params], Any]
+    propose: Callable[[Any, Proposal], tuple[optax.Updates, Any]]
+    review: Callable[[Any, Outcome], tuple[jax.Array | float, Any]]
     damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
     due: Callable[[Any], jax.Array] = never
     wary: bool = False

@@ -100,7 +100,7 @@ class Trainer:
                 inputs = fault(inputs)
             params, state = self._step(params, state, jax.tree.map(jnp.float32, inputs))
         told = kfqn.diagnostics(state)
-        sides = [side for layer in told["layers"].values() for side in layer.values()]
+        sides = [side for layer in told["layers"].values() for side in (layer["input"], layer["output"])]
         return Outcome(
             loss=float(self._loss(params, *data(), 1.0)),
             finite=all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves((params, state))),
