@@ -278,11 +278,17 @@ CALL = {
         "(float32[], 1, 2)",
         "a pair",
     ),
-    "constant": (call(lambda p, x: x.mean()), ValueError, "none of the layers", "'Dense_0'", "Let loss_fn"),
+    "constant": (
+        call(lambda p, x: x.mean()),
+        ValueError,
+        "no call of the layers",
+        "'Dense_0'",
+        "Let loss_fn",
+    ),
     "closed over": (
         call(lambda p, x: LOSS(PARAMS, x)),
         ValueError,
-        "none of the layers",
+        "no call of the layers",
         "Let loss_fn apply",
     ),
     "nnx, a state": (

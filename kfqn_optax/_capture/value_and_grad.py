@@ -107,7 +107,7 @@ def value_and_grad(
       TypeError: if ``layers`` is something else; when called, if ``loss_fn`` does not return one real
         number, with ``aux`` if ``has_aux``.
       ValueError: when called with parameters that are not those ``layers`` were found on, or with a
-        batch that ``groups`` does not divide; when called, if the loss depends on none of the layers; for
+        batch that ``groups`` does not divide; when called, if the loss depends on no call of a layer; for
         ``batch_argnums`` that are no positions after the parameters, or, when called, arguments there whose
         leading axes are not all of one length.
 
@@ -171,9 +171,9 @@ class ValueAndGrad(Loss, Generic[Args, Value]):
         value, grads, sums = call.value_and_grad(loss, slots, self.has_aux, reached)
         if not reached.any:
             raise ValueError(
-                f"kfqn.value_and_grad: the loss depends on none of the layers {list(slots)[:8]} of"
-                f" {self.layers.model}. Let loss_fn apply the model with the parameters that it is given"
-                " (or call the model that it is given), and be a function of what comes out."
+                f"kfqn.value_and_grad: the loss depends on no call of the layers {list(slots)[:8]} of"
+                f" {self.layers.model}. Let loss_fn apply the model to the parameters that it is given, or"
+                " call the model that it is given or that kfqn.merge makes, and use what comes out."
             )
         sums = self.with_inputs(sums, call, call.params, {})
         loss_value, aux = value if self.has_aux else (value, None)
