@@ -11,7 +11,7 @@ from kfqn_optax.bench._quick import quick_jit
 DISASTERS = ["an input is NaN", "an input is 1e6", "labels x 1e4", "loss x 1e6", "gradients + 1e6"]
 
 
-@pytest.mark.parametrize("method", ["kfac", "kbfgs", "kbfgs_l", "kfqn"])
+@pytest.mark.parametrize("method", ["kfac", "kbfgs"])
 def test_training_comes_back_after_a_disaster(method):
     """With the method's default rule."""
     rule = "quadratic" if method == "kfac" else "measured"
