@@ -225,7 +225,7 @@ def shortened(slope: jax.Array, change: jax.Array) -> jax.Array:
     """The share of a step along which the loss rose that ends at the parabola's minimum; half at most."""
     bend = change + slope
     share = jnp.clip(safe_divide(slope, 2 * bend), 0, 0.5)
-    return jnp.where(jnp.isfinite(change) & (slope > 0), share, 0)
+    return jnp.where(jnp.isfinite(bend) & (slope > 0), share, 0)
 
 
 def _enough(curvature: Curvature) -> int | None:
