@@ -15,16 +15,19 @@ import kfqn_optax as kfqn
 from kfqn_optax.bench._quick import quick_jit
 
 DEVICES, ROWS = 8, 32
-MESHES = {
-    kind: jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
-    for kind in (AxisType.Auto, AxisType.Explicit)
-}
 METHODS = {
     "kfac": lambda layers, **options: kfqn.kfac(1.0, layers, **options),
     "kbfgs": lambda layers, **options: kfqn.kbfgs(0.3, layers, **options),
     "kbfgs_l": lambda layers, **options: kfqn.kbfgs_l(0.3, layers, memory=9, **options),
     "kfqn": lambda layers, **options: kfqn.kfqn(0.3, layers, **options),
 }
+
+
+@functools.cache
+def mesh_of(kind):
+    return jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
+
+
 WEIGHTS = np.repeat([1.0, 0.0], [24, 8])
 
 
@@ -111,14 +114,14 @@ def on_one_device(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_device_holds_its_share_of_the_factors(name):
-    problem, mesh = Problem(), MESHES[AxisType.Auto]
+    problem, mesh = Problem(), mesh_of(AxisType.Auto)
     losses, state = problem.train(METHODS[name](problem.layers, factor_mesh=mesh), mesh)
     np.testing.assert_allclose(losses, on_one_device(name), rtol=1e-9)
     assert share(state) < 1.4 / DEVICES
 
 
 def test_a_warm_start_of_divided_factors():
-    problem, mesh = Problem(), MESHES[AxisType.Auto]
+    problem, mesh = Problem(), mesh_of(AxisType.Auto)
     expected, _ = problem.train(METHODS["kbfgs"](problem.layers), warm=True)
     losses, _ = problem.train(METHODS["kbfgs"](problem.layers, factor_mesh=mesh), mesh, warm=True)
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
@@ -146,7 +149,7 @@ def of_layers(leaf):
     ids=["outputs", "layers", "explicit batch", "explicit outputs", "explicit factors"],
 )
 def test_placements_change_nothing(name, kind, divide, spec_of):
-    problem, mesh = Problem(), MESHES[kind]
+    problem, mesh = Problem(), mesh_of(kind)
     tx = METHODS[name](problem.layers, factor_mesh=mesh if divide else None)
     losses, state = problem.train(tx, mesh, spec_of)
     np.testing.assert_allclose(losses, on_one_device(name), rtol=1e-9)
@@ -155,4 +158,4 @@ def test_placements_change_nothing(name, kind, divide, spec_of):
 
 def test_a_mesh_that_is_none():
     with pytest.raises(TypeError, match=r"kfqn: factor_mesh is a NamedSharding.*jax\.make_mesh"):
-        kfqn.kfac(1.0, Problem().layers, factor_mesh=NamedSharding(MESHES[AxisType.Auto], PartitionSpec()))
+        kfqn.kfac(1.0, Problem().layers, factor_mesh=NamedSharding(mesh_of(AxisType.Auto), PartitionSpec()))

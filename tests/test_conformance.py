@@ -620,7 +620,7 @@ def test_diagnostics_under_jit_and_through_nested_states(method):
         optax.identity(), optax.apply_if_finite(WRAPPERS["two groups"](method(LR, problem().layers)), 1)
     )
     report = jax.eval_shape(lambda params: kfqn.diagnostics(tx.init(params)), problem().params)
-    assert sorted(report) == ["count", "damping", "layers", "rejected", "rule", "share"]
+    assert sorted(report) == ["count", "damping", "layers", "outliers", "rejected", "rule", "share"]
     assert all(number.shape == () for number in report["rule"].values())
     for side in (side for layer in report["layers"].values() for side in layer.values()):
         assert {key: value.shape for key, value in side.items()} == dict.fromkeys(
