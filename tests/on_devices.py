@@ -19,7 +19,6 @@ METHODS = {
     "kfac": lambda layers, **options: kfqn.kfac(1.0, layers, **options),
     "kbfgs": lambda layers, **options: kfqn.kbfgs(0.3, layers, **options),
     "kbfgs_l": lambda layers, **options: kfqn.kbfgs_l(0.3, layers, memory=9, **options),
-    "kfqn": lambda layers, **options: kfqn.kfqn(0.3, layers, **options),
 }
 
 
@@ -140,13 +139,12 @@ def of_layers(leaf):
 @pytest.mark.parametrize(
     ("name", "kind", "divide", "spec_of"),
     [
-        ("kfac", AxisType.Auto, False, of_outputs),
         ("kbfgs", AxisType.Auto, False, of_layers),
         ("kfac", AxisType.Explicit, False, None),
         ("kbfgs", AxisType.Explicit, False, of_outputs),
         ("kfac", AxisType.Explicit, True, None),
     ],
-    ids=["outputs", "layers", "explicit batch", "explicit outputs", "explicit factors"],
+    ids=["layers", "explicit batch", "explicit outputs", "explicit factors"],
 )
 def test_placements_change_nothing(name, kind, divide, spec_of):
     problem, mesh = Problem(), mesh_of(kind)

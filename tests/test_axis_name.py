@@ -122,6 +122,7 @@ def test_pmap_on_one_device_is_no_different():
 PROGRAM = """
 import flax.linen as nn, jax, jax.numpy as jnp, numpy as np, optax, kfqn_optax as kfqn
 from jax.sharding import AxisType, PartitionSpec as P
+from kfqn_optax.bench._quick import quick_jit
 
 jax.config.update("jax_enable_x64", True)
 model = nn.Sequential([nn.Dense(5, param_dtype="float64"), nn.tanh, nn.Dense(2, param_dtype="float64")])
@@ -139,7 +140,7 @@ def losses(make, wrap, axis_name=None, pmean=False):
         loss, grads, curvature = value_and_grad(params, x)
         updates, state = tx.update(grads, state, params, curvature=curvature)
         return optax.apply_updates(params, updates), state, loss
-    step = jax.jit(wrap(step))
+    step = quick_jit(wrap(step))
     carry, seen = (params, tx.init(params)), []
     for _ in range(4):
         *carry, loss = step(*carry, x)
