@@ -275,7 +275,7 @@ def scale_by_kfqn(
             inputs=_divided(method, present, inputs),
             outputs=_divided(method, present, outputs),
             others=rest,
-            usual=usually,
+            usual=_kept(state.usual, usually, accept),
             rule=select(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
@@ -346,6 +346,15 @@ def _usual(
     sizes = usual.sizes_of(curvature.value, grads, curvature.statistics.values())
     state, outlier = usual.observe(state, sizes, sane)
     return state, sane & ~outlier
+
+
+def _kept(
+    before: usual.UsualState | tuple[()], after: usual.UsualState | tuple[()], accept: jax.Array
+) -> usual.UsualState | tuple[()]:
+    """A step left out changes nothing of it, but for an outlier: a lasting change is followed."""
+    if not isinstance(before, usual.UsualState) or not isinstance(after, usual.UsualState):
+        return ()
+    return select(accept | (after.outliers > before.outliers), after, before)
 
 
 def _far(state: usual.UsualState | tuple[()], outcome: Outcome) -> jax.Array:

@@ -13,12 +13,13 @@ DISASTERS = ["an input is NaN", "an input is 1e6", "labels x 1e4", "loss x 1e6",
 
 @pytest.mark.parametrize("method", ["kfac", "kbfgs"])
 def test_training_comes_back_after_a_disaster(method):
-    """With the method's default rule."""
+    """With the method's default rule. Eight swaps tell the noise roughly: here twice as much is allowed."""
     rule = "quadratic" if method == "kfac" else "measured"
     rows = list(command.rows_of(method, rule, DISASTERS, quick_jit))
     assert all(row.undisturbed.rejected == 0 for row in rows)
     for row in rows:
-        assert row.held, row
+        outcome = row.outcome
+        assert outcome.finite and outcome.positive > 0 and row.change <= 2 * row.allowed, row
         assert method == "kfac" or row.outcome.rejected == 1, row
 
 
