@@ -14,8 +14,8 @@ from kfqn_optax._capture.nnx import merge as merge
 from kfqn_optax._capture.outputs import outputs as outputs
 from kfqn_optax._capture.quadratic import Forms as Forms
 from kfqn_optax._capture.statistics import Statistics as Statistics
-from kfqn_optax._capture.tap import weights as weights
 from kfqn_optax._capture.value_and_grad import value_and_grad as value_and_grad
+from kfqn_optax._capture.weights import weights as weights
 from kfqn_optax._diagnostics import diagnostics as diagnostics
 from kfqn_optax._sides.bfgs import bfgs as bfgs
 from kfqn_optax._sides.block_inverse import block_inverse as block_inverse

@@ -10,7 +10,8 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layers, put
 from kfqn_optax._capture.nnx import is_state
-from kfqn_optax._capture.tap import SLOT, Reached
+from kfqn_optax._capture.reached import Reached
+from kfqn_optax._capture.slot import SLOT
 
 
 class Call(Protocol):

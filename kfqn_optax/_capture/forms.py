@@ -10,16 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._capture.layers import Layer, Layers, Path
-from kfqn_optax._capture.tap import (
-    OutputAxes,
-    Slot,
-    convolution_sums,
-    dense_sums,
-    embedding_sums,
-    over_rows,
-    part_sums,
-    slot_shapes,
-)
+from kfqn_optax._capture.slot import Slot, slot_shapes
+from kfqn_optax._capture.sums import convolution_sums, dense_sums, embedding_sums, part_sums
+from kfqn_optax._capture.tap import OutputAxes
+from kfqn_optax._capture.weights import over_rows
 
 MAX_PATCH = 2048
 

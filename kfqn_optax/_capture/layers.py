@@ -47,7 +47,7 @@ class Layer:
       bias_order: the same for the bias: groups first, then outputs.
       kernel_shape: the shape of the kernel, stacked axes included.
       bias_shape: that of the bias; None without one.
-      slot_shapes: shapes of the slot's leaves, stacked axes included (see ``tap.py``).
+      slot_shapes: shapes of the slot's leaves, stacked axes included (see ``slot.py``).
       dtype: dtype of the statistics and factors, float32 or wider.
     """
 

@@ -17,7 +17,7 @@ from kfqn_optax._capture.forms import (
     form_sums,
     linear_form,
 )
-from kfqn_optax._capture.tap import Slot
+from kfqn_optax._capture.slot import Slot
 
 
 def form_of(

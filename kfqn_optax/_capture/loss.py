@@ -14,7 +14,7 @@ from kfqn_optax._capture.layers import Layers, check_parameters
 from kfqn_optax._capture.linen import tapping
 from kfqn_optax._capture.nnx import ModelCall, is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
-from kfqn_optax._capture.tap import SLOT
+from kfqn_optax._capture.slot import SLOT
 from kfqn_optax._shown import shown
 
 

@@ -34,7 +34,9 @@ from kfqn_optax._capture.nnx_forms import (
     stacked_axes,
     sums_of,
 )
-from kfqn_optax._capture.tap import SLOT, Reached, Slot, add_virtual_bias, tap
+from kfqn_optax._capture.reached import Reached
+from kfqn_optax._capture.slot import SLOT, Slot
+from kfqn_optax._capture.tap import add_virtual_bias, tap
 from kfqn_optax._shown import shown
 
 _as_pure: Callable[[Any], Any] = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure

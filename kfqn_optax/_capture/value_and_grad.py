@@ -14,8 +14,9 @@ from kfqn_optax._capture.examples import check_argnums
 from kfqn_optax._capture.forms import with_parts
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import Loss
+from kfqn_optax._capture.reached import Reached
 from kfqn_optax._capture.statistics import Statistics, normalise
-from kfqn_optax._capture.tap import Reached, varying
+from kfqn_optax._capture.tap import varying
 from kfqn_optax._constants import check_constants
 from kfqn_optax._shown import shown
 
