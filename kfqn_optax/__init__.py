@@ -10,7 +10,7 @@ from kfqn_optax._capture.find_layers import find_layers as find_layers
 from kfqn_optax._capture.layers import Layer as Layer
 from kfqn_optax._capture.layers import Layers as Layers
 from kfqn_optax._capture.layers import join_layers as join_layers
-from kfqn_optax._capture.nnx import merge as merge
+from kfqn_optax._capture.nnx_call import merge as merge
 from kfqn_optax._capture.outputs import outputs as outputs
 from kfqn_optax._capture.quadratic import Forms as Forms
 from kfqn_optax._capture.statistics import Statistics as Statistics

@@ -17,16 +17,15 @@ from optax import Params as ArrayTree
 
 from kfqn_optax import _usual as usual
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._capture.layers import (
-    Layer,
-    Layers,
+from kfqn_optax._capture.layers import Layer, Layers
+from kfqn_optax._capture.nnx import as_arrays
+from kfqn_optax._capture.parameters import (
     get_matrices,
     is_masked,
     layers_within,
     leaves_by_path,
     set_matrices,
 )
-from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
 from kfqn_optax._divided import check_mesh, divided, gathered, whole

@@ -14,7 +14,7 @@ from kfqn_optax._capture.call import Call, slots_of
 from kfqn_optax._capture.examples import count_examples, take
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import Loss
-from kfqn_optax._capture.nnx import copier
+from kfqn_optax._capture.nnx_call import copier
 from kfqn_optax._capture.outputs import Mark, finding, sampling
 from kfqn_optax._capture.quadratic import has_loop
 from kfqn_optax._capture.statistics import Statistics, normalise, of_copies

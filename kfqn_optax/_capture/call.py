@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
-from kfqn_optax._capture.layers import Layers, put
+from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.nnx import is_state
+from kfqn_optax._capture.parameters import put
 from kfqn_optax._capture.reached import Reached
 from kfqn_optax._capture.slot import SLOT
 

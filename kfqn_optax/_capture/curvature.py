@@ -11,10 +11,11 @@ import optax
 
 from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.examples import check_rows
-from kfqn_optax._capture.layers import Layers, check_like, is_masked
+from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import is_forward_mode
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.outputs import as_key, bits_of, gauss_newton
+from kfqn_optax._capture.parameters import check_like, is_masked
 from kfqn_optax._capture.quadratic import Forms, forms_of
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._numerics import inner

@@ -22,7 +22,7 @@ def find_layers(
       variables: of a linen model, ``{"params": ..., ...}``, as arrays or ``jax.ShapeDtypeStruct``.
       *args, **kwargs: what ``model.apply`` takes after the variables, or what an NNX model is called with,
         as in the loss (an example batch, ``train=True``, ``rngs=...``, ``method=...``). Arrays may be
-        shapes here too. Layers that this call does not reach take the momentum gradient. Without any, an
+        shapes here too. Layers that this call does not reach get a diagonal factor. Without any, an
         NNX model is not called and all its layers are found, unless there are convolutions.
       max_dim: the full second moment A of the inputs is captured for inputs up to this long.
       strict: raise if any parameter belongs to no preconditioned layer.

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfqn_optax._capture.forms import Form, Unsupported, check_real, layer_of, layers_of
-from kfqn_optax._capture.layers import MAX_DIM, Layer, Layers, Path, leaves_by_path
+from kfqn_optax._capture.forms import Form, Unsupported, check_real
+from kfqn_optax._capture.found import layer_of, layers_of
+from kfqn_optax._capture.layers import MAX_DIM, Layer, Layers, Path
 from kfqn_optax._capture.linen_forms import form_of, sums_of
+from kfqn_optax._capture.parameters import leaves_by_path
 from kfqn_optax._capture.slot import SLOT
 from kfqn_optax._capture.tap import add_virtual_bias, tap
 from kfqn_optax._constants import check_constants

@@ -10,10 +10,12 @@ import numpy as np
 
 from kfqn_optax._capture.call import Call, TreeCall, slots_of
 from kfqn_optax._capture.examples import count_examples
-from kfqn_optax._capture.layers import Layers, check_parameters
+from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.linen import tapping
-from kfqn_optax._capture.nnx import ModelCall, is_model, is_state
+from kfqn_optax._capture.nnx import is_model, is_state
 from kfqn_optax._capture.nnx import tapping as nnx_tapping
+from kfqn_optax._capture.nnx_call import ModelCall
+from kfqn_optax._capture.parameters import check_parameters
 from kfqn_optax._capture.slot import SLOT
 from kfqn_optax._shown import shown
 

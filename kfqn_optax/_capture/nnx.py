@@ -7,7 +7,6 @@ built-in ``__call__``. Slot and class go back before the loss returns: nothing s
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import inspect
@@ -21,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from optax import Params as ArrayTree
 
-from kfqn_optax._capture.forms import Form, Unsupported, check_real, layer_of, layers_of
-from kfqn_optax._capture.layers import Layer, Layers, Path, leaves_by_path
+from kfqn_optax._capture.forms import Form, Unsupported, check_real
+from kfqn_optax._capture.found import layer_of, layers_of
+from kfqn_optax._capture.layers import Layer, Layers, Path
 from kfqn_optax._capture.nnx_forms import (
     BASES,
     form_of,
@@ -34,7 +33,7 @@ from kfqn_optax._capture.nnx_forms import (
     stacked_axes,
     sums_of,
 )
-from kfqn_optax._capture.reached import Reached
+from kfqn_optax._capture.parameters import leaves_by_path
 from kfqn_optax._capture.slot import SLOT, Slot
 from kfqn_optax._capture.tap import add_virtual_bias, tap
 from kfqn_optax._shown import shown
@@ -42,7 +41,7 @@ from kfqn_optax._shown import shown
 _as_pure: Callable[[Any], Any] = nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure
 # Gradients of some of a model's variables need the graph mode, whatever the user has set it to.
 _PARAMETERS = inspect.signature(nnx.value_and_grad).parameters
-_GRAPH: dict[str, Any] = {name: True for name in ("graph", "graph_updates") if name in _PARAMETERS}
+GRAPH: dict[str, Any] = {name: True for name in ("graph", "graph_updates") if name in _PARAMETERS}
 jit_with_models = nnx.jit
 _WRAPPERS = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
 
@@ -210,7 +209,7 @@ def _search(
         merged = [next(values) if t else leaf for t, leaf in zip(traced, leaves, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, merged)
         fresh = nnx.merge(graphdef, state, copy=True)
-        _attach(fresh, {layer.path: _zeros(layer) for layer in layers})
+        attach(fresh, {layer.path: _zeros(layer) for layer in layers})
         if method is None:
             fresh(*args, **kwargs)
         elif isinstance(method, str):
@@ -253,7 +252,7 @@ def tapping(bias_only: bool = False) -> Iterator[None]:
         _local.bias_only = before
 
 
-def _attach(model: Any, slots: Mapping[Path, Slot]) -> None:
+def attach(model: Any, slots: Mapping[Path, Slot]) -> None:
     """Put slots beside the kernels of the layers at these paths, and tap the layers."""
     modules = _modules(model)
     for path, slot in slots.items():
@@ -262,8 +261,8 @@ def _attach(model: Any, slots: Mapping[Path, Slot]) -> None:
         object.__setattr__(module, "__class__", _tapped_class(type(module)))
 
 
-def _detach(model: Any) -> None:
-    """Undo ``_attach``."""
+def detach(model: Any) -> None:
+    """Undo ``attach``."""
     for module in _modules(model).values():
         if hasattr(type(module), "kfqn_original"):
             delattr(module, SLOT)
@@ -329,159 +328,3 @@ def _check_equation(module: Any, args: tuple, kwargs: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------- the loss of a model
-
-
-class ModelCall:
-    """One call of losses on a model, which can be repeated from where the model was at the start.
-
-    Attributes:
-      params: the parameters at the start, a State of arrays.
-    """
-
-    def __init__(self, layers: Layers, model: nnx.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
-        self.params = as_arrays(nnx.state(model, nnx.Param))
-        self._paths = {layer.name: layer.path for layer in layers}
-        self._model, self.args, self._kwargs = model, args, kwargs
-        # Random streams and metrics among the arguments are brought back to the start, too.
-        self._leaves, self._structure = jax.tree.flatten((args, dict(kwargs)), is_leaf=_is_node)
-        graphdef, state = nnx.split((model, *filter(_is_node, self._leaves)))
-        self._start = graphdef, as_arrays(state)
-
-    def value_and_grad(
-        self, loss_fn: Callable[..., Any], slots: Mapping[str, Slot], has_aux: bool, reached: Reached
-    ) -> tuple[Any, Any, Any]:
-        """Value, gradients and slot gradients; everything else the loss does to the model happens to it."""
-        argnums = (nnx.DiffState(0, nnx.Param), 1)
-        loss = self._with_slots(loss_fn, reached.watch)
-        function = nnx.value_and_grad(loss, argnums=argnums, has_aux=has_aux, **_GRAPH)
-        value, (grads, sums) = function(self._model, dict(slots), self.args, dict(self._kwargs))
-        return value, grads, sums
-
-    def slot_grads(
-        self, loss_fn: Callable[..., Any], params: ArrayTree, slots: Mapping[str, Slot], has_aux: bool
-    ) -> tuple[jax.Array, Any]:
-        """The loss and the slot gradients at ``params``; the model stays as it is."""
-        model, args, kwargs = self._at(params)
-        function = nnx.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux, **_GRAPH)
-        value, sums = function(model, dict(slots), args, kwargs)
-        return (value[0] if has_aux else value), sums
-
-    def all_grads(
-        self, loss_fn: Callable[..., Any], params: ArrayTree, slots: Mapping[str, Slot]
-    ) -> tuple[Any, Any]:
-        """The gradients at ``params``, of the parameters and the slots; the model stays as it is."""
-        model, args, kwargs = self._at(params)
-        argnums = (nnx.DiffState(0, nnx.Param), 1)
-        grads, sums = nnx.grad(self._with_slots(loss_fn), argnums=argnums, **_GRAPH)(
-            model, dict(slots), args, kwargs
-        )
-        return as_arrays(grads), sums
-
-    def value(self, loss_fn: Callable[..., Any], params: ArrayTree, has_aux: bool) -> jax.Array:
-        """The loss at ``params``; the model stays as it is."""
-        model, args, kwargs = self._at(params)
-        value = loss_fn(model, *args, **kwargs)
-        return value[0] if has_aux else value
-
-    def with_args(self, args: tuple[Any, ...]) -> "ModelCall":
-        """The same call with other arrays among its positional arguments."""
-        call = copy.copy(self)
-        call.args = args
-        call._leaves = jax.tree.leaves((args, dict(self._kwargs)), is_leaf=_is_node)
-        return call
-
-    def _at(self, params: ArrayTree) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Copies of the model, at ``params``, and of the arguments, as they were at the start."""
-        graphdef, state = self._start
-        model, *nodes = nnx.merge(graphdef, state, copy=True)
-        nnx.update(model, params)
-        copies = iter(nodes)
-        leaves = [next(copies) if _is_node(leaf) else leaf for leaf in self._leaves]
-        return model, *jax.tree.unflatten(self._structure, leaves)
-
-    def _with_slots(
-        self, loss_fn: Callable[..., Any], watch: Callable[[Any], Any] = lambda slots: slots
-    ) -> Callable[..., Any]:
-        def loss(model, slots, args, kwargs):
-            slots = watch(slots)
-            _attach(model, {self._paths[name]: slot for name, slot in slots.items()})
-            value = loss_fn(model, *args, **kwargs)
-            _detach(model)
-            return value
-
-        return loss
-
-
-def _is_node(leaf: object) -> bool:
-    return isinstance(leaf, (nnx.Pytree, nnx.Variable))
-
-
-def copier(tree: Any) -> Callable[[], Any]:
-    """A function that returns ``tree`` with copies of its NNX nodes, made where it is called.
-
-    What they hold may then be changed inside a transformation that does not know of them.
-    """
-    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_node)
-    nodes = [leaf for leaf in leaves if _is_node(leaf)]
-    if not nodes:
-        return lambda: tree
-    graphdef, state = nnx.split(nodes)
-
-    def copied():
-        copies = iter(nnx.merge(graphdef, state, copy=True))
-        return jax.tree.unflatten(structure, [next(copies) if _is_node(leaf) else leaf for leaf in leaves])
-
-    return copied
-
-
-def merge(graphdef: Any, *states: Any) -> Any:
-    """``nnx.merge`` for a loss of the parameters alone, as the functional style of NNX has it.
-
-    ``kfqn.value_and_grad`` hands such a loss its parameters with a slot beside each layer's kernel,
-    which ``nnx.merge`` does not know. This function takes the slots out and gives them to the layers of
-    the model that it returns; without slots it is ``nnx.merge(..., copy=True)``.
-
-    Args:
-      graphdef, *states: what ``nnx.split`` returned, the parameters among them.
-
-    Returns:
-      The model, a copy.
-
-    Example:
-      >>> from flax import nnx
-      >>> import jax, jax.numpy as jnp, kfqn_optax as kfqn
-      >>> model, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((8, 3))
-      >>> layers = kfqn.find_layers(model, x)
-      >>> graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-      >>> def loss_fn(params, rest, x):
-      ...     return jnp.mean(kfqn.merge(graphdef, params, rest)(x) ** 2)
-      >>> loss, grads, curvature = kfqn.value_and_grad(loss_fn, layers)(params, rest, x)
-      >>> curvature.statistics["."].inputs
-      Array([1., 1., 1., 1.], dtype=float32)
-    """
-    if not isinstance(graphdef, nnx.GraphDef) or not states:
-        raise TypeError(
-            f"kfqn.merge: got {shown(graphdef)} and {len(states)} states. Write kfqn.merge(graphdef,"
-            " params, rest) with what nnx.split(model, nnx.Param, ...) returned, in its order."
-        )
-    for state in states:
-        if not isinstance(state, (nnx.State, Mapping)):
-            raise TypeError(
-                f"kfqn.merge: expected an nnx.State, got a {type(state).__name__}. Call what"
-                " kfqn.value_and_grad returned with the State of the parameters, as nnx.split gave it."
-            )
-    slots: dict[Path, Slot] = {}
-    plain = [_take_slots(state, (), slots) for state in states]
-    model = nnx.merge(graphdef, *plain, copy=True)
-    _attach(model, slots)
-    return model
-
-
-def _take_slots(state: Any, path: Path, slots: dict[Path, Slot]) -> Any:
-    if not isinstance(state, (nnx.State, dict)):
-        return state
-    if SLOT in state:
-        slots[path] = state[SLOT]
-    return type(state)(
-        {key: _take_slots(value, (*path, str(key)), slots) for key, value in state.items() if key != SLOT}
-    )

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
-from kfqn_optax._capture.layers import is_masked
 from kfqn_optax._capture.nnx import as_arrays
+from kfqn_optax._capture.parameters import is_masked
 
 
 class Forms(NamedTuple):

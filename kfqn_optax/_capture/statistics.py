@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
-from kfqn_optax._capture.layers import Layer, Layers, get_matrices, to_front
+from kfqn_optax._capture.layers import Layer, Layers, to_front
+from kfqn_optax._capture.parameters import get_matrices
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._numerics import safe_divide
 

@@ -26,10 +26,6 @@ class OutputAxes(NamedTuple):
     order: tuple[int, ...]
 
 
-def last_axis(outputs: jax.Array) -> OutputAxes:
-    return OutputAxes(tuple(range(outputs.ndim - 1)), (0,))
-
-
 def tap(outputs: jax.Array, slot: Slot, sums: Slot, axes: OutputAxes) -> jax.Array:
     """Return ``outputs`` unchanged; the gradient of the slot is ``sums``, and ``grads``."""
     _check_dtype(slot)

@@ -11,7 +11,7 @@ from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.call import slots_of
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.examples import check_argnums
-from kfqn_optax._capture.forms import with_parts
+from kfqn_optax._capture.found import with_parts
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import Loss
 from kfqn_optax._capture.reached import Reached

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
-from kfqn_optax._capture.layers import Layers, is_masked, leaves_by_path
+from kfqn_optax._capture.layers import Layers
+from kfqn_optax._capture.parameters import is_masked, leaves_by_path
 from kfqn_optax._numerics import ema
 
 

@@ -170,7 +170,7 @@ def test_the_table_of_a_model_with_nothing_left_over():
     x = jax.ShapeDtypeStruct(case.shape, jnp.float32)
     layers = kfqn.find_layers(case.model, shapes_of(case.model, x), x)
     table = str(layers)
-    assert "momentum gradient" not in table
+    assert "diagonal factor" not in table
     row = next(line.split() for line in table.splitlines() if "blocks/fc" in line)
     assert row[:5] == ["blocks/fc", "Dense", "4", "4", "2"]  # no bias, two copies
 

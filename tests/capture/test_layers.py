@@ -16,7 +16,7 @@ import pytest
 import zoo
 
 import kfqn_optax as kfqn
-from kfqn_optax._capture.layers import get_matrices, set_matrices
+from kfqn_optax._capture.parameters import get_matrices, set_matrices
 from kfqn_optax.bench._quick import quick_jit
 
 LAYERS = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvTranspose, nn.Embed)
@@ -497,7 +497,7 @@ def test_a_layer_without_a_rule_is_listed_with_the_reason(name):
     reasons = [why for path, _, why in layers.others if path[-1] == "kernel"]
     assert reasons
     assert all(UNSUPPORTED[name][1] in why for why in reasons), reasons
-    assert "momentum gradient" in str(layers)
+    assert "diagonal factor" in str(layers)
     with pytest.raises(ValueError, match=r"strict=True[\s\S]*" + reasons[0].split()[0]):
         kfqn.find_layers(model, variables, x, strict=True)
 
