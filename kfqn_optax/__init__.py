@@ -31,6 +31,7 @@ from kfqn_optax._sides.lbfgs import lbfgs as lbfgs
 from kfqn_optax._sides.minibatch_action import minibatch_action as minibatch_action
 from kfqn_optax._sides.secant import secant as secant
 from kfqn_optax._sides.side import Side as Side
+from kfqn_optax._state import ScaleByKfqnState as ScaleByKfqnState
 from kfqn_optax._steps.capped import capped as capped
 from kfqn_optax._steps.measured import measured as measured
 from kfqn_optax._steps.quadratic import quadratic as quadratic
@@ -38,7 +39,6 @@ from kfqn_optax._steps.rule import Outcome as Outcome
 from kfqn_optax._steps.rule import Proposal as Proposal
 from kfqn_optax._steps.rule import StepRule as StepRule
 from kfqn_optax._train_state import TrainState as TrainState
-from kfqn_optax._transform import ScaleByKfqnState as ScaleByKfqnState
 from kfqn_optax._transform import scale_by_kfqn as scale_by_kfqn
 from kfqn_optax._warm_start import warm_start as warm_start
 

@@ -7,23 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfqn_optax._capture.layers import LONG_MEMORY, MAX_DIM, Layer, Layers
+from kfqn_optax._capture.layers import Layers
 from kfqn_optax._constants import check_constants
 from kfqn_optax._sides.bfgs import bfgs
+from kfqn_optax._sides.chosen import fisher_sides, hessian_action_side, minibatch_action_side, secant_side
 from kfqn_optax._sides.damping import double_damping, dp_dlm
-from kfqn_optax._sides.diagonal import diagonal
-from kfqn_optax._sides.factor import InverseFactor
-from kfqn_optax._sides.fisher import fisher
-from kfqn_optax._sides.group_secant import group_secant
-from kfqn_optax._sides.hessian_action import hessian_action
 from kfqn_optax._sides.lbfgs import lbfgs
-from kfqn_optax._sides.minibatch_action import minibatch_action
-from kfqn_optax._sides.secant import DampingRule, secant
-from kfqn_optax._sides.side import Side, identity
+from kfqn_optax._state import other_state
 from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.quadratic import QUADRATIC
 from kfqn_optax._steps.rule import StepRule
-from kfqn_optax._transform import other_state, scale_by_kfqn
+from kfqn_optax._transform import scale_by_kfqn
 
 
 def kbfgs(
@@ -118,8 +112,8 @@ def kbfgs(
     return _chain(
         learning_rate,
         layers,
-        input_side=_hessian_action_side(decay, max_dim),
-        output_side=_secant_side(bfgs, double_damping, decay, mu1, max_dim, groups, start),
+        input_side=hessian_action_side(decay, max_dim),
+        output_side=secant_side(bfgs, double_damping, decay, mu1, max_dim, groups, start),
         weight_decay=weight_decay,
         mask=mask,
         damping=damping,
@@ -183,14 +177,14 @@ def kbfgs_l(
     """
     limited = lbfgs(memory)
     if limited_inputs:
-        input_side = _minibatch_action_side(limited, decay, max_dim)
+        input_side = minibatch_action_side(limited, decay, max_dim)
     else:
-        input_side = _hessian_action_side(decay, max_dim)
+        input_side = hessian_action_side(decay, max_dim)
     return _chain(
         learning_rate,
         layers,
         input_side=input_side,
-        output_side=_secant_side(limited, double_damping, decay, mu1, max_dim),
+        output_side=secant_side(limited, double_damping, decay, mu1, max_dim),
         weight_decay=weight_decay,
         mask=mask,
         damping=damping,
@@ -256,8 +250,8 @@ def kfqn(
     return _chain(
         learning_rate,
         layers,
-        input_side=_minibatch_action_side(bfgs, decay, max_dim),
-        output_side=_secant_side(bfgs, dp_dlm, decay, mu1, max_dim, groups, start),
+        input_side=minibatch_action_side(bfgs, decay, max_dim),
+        output_side=secant_side(bfgs, dp_dlm, decay, mu1, max_dim, groups, start),
         weight_decay=weight_decay,
         mask=mask,
         damping=damping,
@@ -348,17 +342,7 @@ def kfac(
     Source: Martens, Grosse 2015, arXiv 1503.05671; Grosse, Martens 2016, arXiv 1602.01407 for convolutions.
     """
     check_constants(inverse_every=inverse_every)
-    limit = _limit(max_dim)
-    moments = [lambda statistics: statistics.second_moment, lambda statistics: statistics.grad_moment]
-    of_inputs, of_grads = (fisher(moment, decay, inverse_every=1) for moment in moments)
-    long_inputs, long_outputs = diagonal(decay), identity()
-
-    def input_side(layer: Layer) -> Side:
-        return of_inputs if "second_moment" in layer.slot_shapes and layer.rows <= limit else long_inputs
-
-    def output_side(layer: Layer) -> Side:
-        return of_grads if layer.out_dim <= min(limit, MAX_DIM) else long_outputs
-
+    input_side, output_side = fisher_sides(decay, max_dim)
     return _chain(
         learning_rate,
         layers,
@@ -376,58 +360,6 @@ def kfac(
         factor_mesh=factor_mesh,
         precision=precision,
     )
-
-
-def _limit(max_dim: int | None) -> int:
-    check_constants(max_dim=max_dim)
-    return MAX_DIM if max_dim is None else int(max_dim)
-
-
-def _hessian_action_side(decay: float, max_dim: int | None) -> Callable[[Layer], Side]:
-    limit = _limit(max_dim)
-    dense, other = hessian_action(decay), _minibatch_action_side(bfgs, decay, max_dim)
-
-    def side(layer: Layer) -> Side:
-        return dense if layer.has_second_moment and layer.rows <= limit else other(layer)
-
-    return side
-
-
-def _minibatch_action_side(
-    factor: InverseFactor, decay: float, max_dim: int | None
-) -> Callable[[Layer], Side]:
-    limit = _limit(max_dim)
-    short, long = minibatch_action(factor), minibatch_action(lbfgs(LONG_MEMORY))
-    counts = diagonal(decay)
-
-    def side(layer: Layer) -> Side:
-        if layer.kind == "Embed":
-            return counts
-        return short if layer.rows <= limit else long
-
-    return side
-
-
-def _secant_side(
-    factor: InverseFactor,
-    rule: DampingRule,
-    decay: float,
-    mu1: float,
-    max_dim: int | None,
-    groups: int = 1,
-    start: str = "identity",
-) -> Callable[[Layer], Side]:
-    check_constants(groups=groups)
-    limit = _limit(max_dim)
-    short, long = (secant(f, rule, decay, mu1) for f in (factor, lbfgs(LONG_MEMORY)))
-    if (groups, start) != (1, "identity"):
-        short = group_secant(rule, decay, mu1, groups, start)
-
-    def side(layer: Layer) -> Side:
-        fits = layer.out_dim <= limit and (start == "identity" or "grad_moment" in layer.slot_shapes)
-        return short if fits else long
-
-    return side
 
 
 def _chain(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.nnx import as_arrays
-from kfqn_optax._transform import ScaleByKfqnState, map_states
+from kfqn_optax._state import ScaleByKfqnState, map_states
 
 
 class SideReport(TypedDict):

@@ -11,6 +11,13 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._meshes import in_any_mesh
 
+OUTLIER = 10.0  # how many times what is usual a batch may be, or count
+
+
+def wide_dtype(leaf: Any) -> Any:
+    """The dtype of an array, float32 at least."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
 
 def safe_divide(numerator: jax.Array | float, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator``, and 0 where the denominator is 0."""

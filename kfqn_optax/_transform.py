@@ -6,7 +6,6 @@ again at the end of that step (``_second_pass``), and the rule decides how much 
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,60 +14,29 @@ import jax.numpy as jnp
 import optax
 from optax import Params as ArrayTree
 
-from kfqn_optax import _usual as usual
-from kfqn_optax._capture.curvature import Curvature
+from kfqn_optax._capture.curvature import Curvature, check_curvature
 from kfqn_optax._capture.layers import Layer, Layers
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.parameters import (
     get_matrices,
     is_masked,
     layers_within,
-    leaves_by_path,
     set_matrices,
 )
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
 from kfqn_optax._divided import check_mesh, divided, gathered, whole
 from kfqn_optax._meshes import in_any_mesh
-from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select
+from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select, wide_dtype
 from kfqn_optax._over_layers import copied, each, inverses
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
+from kfqn_optax._state import ScaleByKfqnState, check_state
 from kfqn_optax._steps.capped import as_rule
 from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, never
-
-
-class ScaleByKfqnState(NamedTuple):
-    """State of :func:`scale_by_kfqn`; arrays only, the same tree and shapes in every step.
-
-    Attributes:
-      count: how many times ``update`` was called.
-      momentum: moving average of the gradient, shaped like the parameters; empty without momentum.
-      inputs: for each layer name the state of its input side.
-      outputs: for each layer name the state of its output side.
-      others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
-      usual: what batches usually are like, of which one that is ten times as large is left out; empty with
-        a step rule that is wary, without momentum and second pass.
-      rule: what the step rule keeps.
-      damping: the damping of the last step that was not left out for its batch.
-      share: the part of the proposed step that was made in the last update.
-      rejected: how many steps were left out: because the loss, a gradient, the direction, or the loss or
-        statistics after the step were not finite; because the batch was far from what is usual, or the loss
-        after the step far above that before; or for what a schedule gave, a learning rate that is not
-        finite, a damping that is not positive and finite. Their update was zero.
-    """
-
-    count: jax.Array
-    momentum: ArrayTree
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
-    others: others.OthersState | tuple[()]
-    usual: usual.UsualState | tuple[()]
-    rule: Any
-    damping: jax.Array
-    share: jax.Array
-    rejected: jax.Array
+from kfqn_optax._usual import UsualState, far, kept, look
+from kfqn_optax._views import homogeneous, of_inputs, of_outputs, view
 
 
 class _Method(NamedTuple):
@@ -224,22 +192,20 @@ def scale_by_kfqn(
     def update_fn(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
         present = layers_within(layers, updates, "kfqn: update")
-        _check_state(method, state, updates)
+        check_state(state, jax.eval_shape(functools.partial(_init, method), updates))
         state = _whole(method, present, state)
-        curvature = _check_curvature(curvature, present).rotated(state.count)
+        curvature = check_curvature(curvature, present).rotated(state.count)
         raw, unit = _raw(curvature, updates)
         step_length = _at("the learning rate", probe_step, state.count)
         given = _at("the damping", method.damping, state.count)
         damping = method.rule.damping(state.rule, given, curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
-        usually, sane = _usual(state.usual, curvature, updates, sane)
+        usual, sane = look(state.usual, curvature, updates, sane)
         sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
-            precondition = functools.partial(_precondition, present, method)
-            direction = in_any_mesh(precondition, sides, rest, average, damping, like=average)
-            direction = gathered(direction, factor_mesh)
+            direction = _precondition(present, method, sides, rest, average, damping)
             sane &= jnp.isfinite(inner(average, direction))
         proposal = Proposal(raw, average, direction, step_length, damping, curvature)
         with jax.default_matmul_precision(precision):
@@ -261,20 +227,15 @@ def scale_by_kfqn(
         )
         share, rule_state = method.rule.review(rule_state, outcome)
         rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
-        accept = outcome.sane & (share > 0) & ~_far(state.usual, outcome)
-        learnt = (() if method.without_momentum else average, sides.inputs, sides.outputs, rest)
-        before = (state.momentum, state.inputs, state.outputs, state.others)
-        if method.second_pass:
-            momentum, inputs, outputs, rest = select(accept, learnt, before)
-        else:  # the sides did not learn of a batch that is not sane
-            momentum, inputs, outputs, rest = select(sane, learnt[0], before[0]), *learnt[1:]
+        accept = outcome.sane & (share > 0) & ~far(state.usual, outcome)
+        momentum, sides, rest = _remembered(method, state, average, sides, rest, accept, sane)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             momentum=gathered(momentum, factor_mesh),
-            inputs=_divided(method, present, inputs),
-            outputs=_divided(method, present, outputs),
+            inputs=_divided(method, present, sides.inputs),
+            outputs=_divided(method, present, sides.outputs),
             others=rest,
-            usual=_kept(state.usual, usually, accept),
+            usual=kept(state.usual, usual, accept),
             rule=select(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
@@ -290,9 +251,7 @@ def scale_by_kfqn(
 
 def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
-    _check_real(params)
-
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
     rest = others.paths(present, params)
     return ScaleByKfqnState(
         count=jnp.zeros([], jnp.int32),
@@ -300,7 +259,7 @@ def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),
         others=others.init(present, params) if method.others_decay is not None and rest else (),
-        usual=usual.init() if method.remembers or not method.rule.wary else (),
+        usual=UsualState.start() if method.remembers or not method.rule.wary else (),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),
@@ -336,34 +295,6 @@ def _whole(method: _Method, present: Layers, state: ScaleByKfqnState) -> ScaleBy
     return state._replace(inputs=inputs, outputs=outputs)
 
 
-def _usual(
-    state: usual.UsualState | tuple[()], curvature: Curvature, grads: ArrayTree, sane: jax.Array
-) -> tuple[usual.UsualState | tuple[()], jax.Array]:
-    """What is usual after this batch, and whether the batch is both sane and not far from it."""
-    if not isinstance(state, usual.UsualState):
-        return (), sane
-    sizes = usual.sizes_of(curvature.value, grads, curvature.statistics.values())
-    state, outlier = usual.observe(state, sizes, sane)
-    return state, sane & ~outlier
-
-
-def _kept(
-    before: usual.UsualState | tuple[()], after: usual.UsualState | tuple[()], accept: jax.Array
-) -> usual.UsualState | tuple[()]:
-    """A step left out changes nothing of it, but for an outlier: a lasting change is followed."""
-    if not isinstance(before, usual.UsualState) or not isinstance(after, usual.UsualState):
-        return ()
-    return select(accept | (after.outliers > before.outliers), after, before)
-
-
-def _far(state: usual.UsualState | tuple[()], outcome: Outcome) -> jax.Array:
-    """Whether the loss after the step is far above that before."""
-    if not isinstance(state, usual.UsualState):
-        return jnp.asarray(False)
-    most = usual.OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(outcome.value))
-    return outcome.known & (outcome.value_after - outcome.value > most)
-
-
 def _learn(
     method: _Method,
     present: Layers,
@@ -397,26 +328,26 @@ def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Arr
     """What the sides see of the batch; one with a bad gradient is one that no layer saw."""
 
     def seen(statistics):
-        view = _view(present, statistics, method.dtype_of)
-        return {name: s._replace(rows=jnp.where(sane, s.rows, 0)) for name, s in view.items()}
+        found = view(present, statistics, method.dtype_of)
+        return {name: s._replace(rows=jnp.where(sane, s.rows, 0)) for name, s in found.items()}
 
     before = seen(curvature.statistics)
     if not method.of_factors:
-        return _Batch(before, _of_inputs(before), _of_outputs(before), None)
+        return _Batch(before, of_inputs(before), of_outputs(before), None)
     statistics, sampled = curvature.factors(rows=method.statistics_rows)
     of_factors = seen(statistics)
 
     def chosen(sides):
         return {name: of_factors[name] if sides[name].of_factors else before[name] for name in before}
 
-    inputs, outputs = _of_inputs(chosen(method.inputs)), _of_outputs(chosen(method.outputs))
+    inputs, outputs = of_inputs(chosen(method.inputs)), of_outputs(chosen(method.outputs))
     return _Batch(before, inputs, outputs, sampled)
 
 
 def _average(method: _Method, state: ScaleByKfqnState, grads: ArrayTree, sane: jax.Array):
     """M; with momentum, without a gradient that is not finite."""
     if method.without_momentum:
-        return jax.tree.map(lambda g: g.astype(_wide(g)), grads)
+        return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
     average = jax.tree.map(lambda m, g: ema(m, g, method.momentum), state.momentum, grads)
     return select(sane, average, state.momentum)
 
@@ -504,15 +435,21 @@ def _precondition(
     damping: jax.Array,
 ) -> ArrayTree:
     """The direction: H_a M H_g in each layer."""
-    matrices = get_matrices(present, average)
-    rows_done = each(present, method.inputs, "apply", sides.inputs, matrices)
-    done = each(present, method.outputs, "apply", sides.outputs, {k: v.mT for k, v in rows_done.items()})
-    done = {k: _falling(matrices[k], v.mT) for k, v in done.items()}
-    scaled = (
-        others.apply(rest, present, average, damping) if isinstance(rest, others.OthersState) else average
-    )
-    direction = set_matrices(present, scaled, done)
-    return jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
+
+    def direct(sides, rest, average, damping):
+        matrices = get_matrices(present, average)
+        rows_done = each(present, method.inputs, "apply", sides.inputs, matrices)
+        transposed = {name: matrix.mT for name, matrix in rows_done.items()}
+        done = each(present, method.outputs, "apply", sides.outputs, transposed)
+        done = {name: _falling(matrices[name], matrix.mT) for name, matrix in done.items()}
+        if isinstance(rest, others.OthersState):
+            scaled = others.apply(rest, present, average, damping)
+        else:
+            scaled = average
+        direction = set_matrices(present, scaled, done)
+        return jax.tree.map(lambda d, m: d.astype(m.dtype), direction, average)
+
+    return gathered(in_any_mesh(direct, sides, rest, average, damping, like=average), method.factor_mesh)
 
 
 def _second_pass(
@@ -533,21 +470,15 @@ def _second_pass(
         with jax.default_matmul_precision(method.precision):
             asking = Layers(tuple(x for x in present if method.inputs[x.name].query), (), "")
             vectors = each(asking, method.inputs, "query", sides.inputs, batch.inputs)
-        end = curvature.after(update, _homogeneous(asking, method.layers, vectors))
-        after = _view(present, end.statistics, method.dtype_of)
+        end = curvature.after(update, homogeneous(asking, method.layers, vectors))
+        after = view(present, end.statistics, method.dtype_of)
         with jax.default_matmul_precision(method.precision):
-            of_inputs, of_outputs = _of_inputs(after), _of_outputs(after)
+            ends = of_inputs(after), of_outputs(after)
             inputs = each(
-                present, method.inputs, "update", sides.inputs, batch.inputs, of_inputs, dampings.inputs
+                present, method.inputs, "update", sides.inputs, batch.inputs, ends[0], dampings.inputs
             )
             outputs = each(
-                present,
-                method.outputs,
-                "update",
-                sides.outputs,
-                batch.outputs,
-                of_outputs,
-                dampings.outputs,
+                present, method.outputs, "update", sides.outputs, batch.outputs, ends[1], dampings.outputs
             )
         measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
         finite = all_finite(measured) & jnp.isfinite(end.value)
@@ -568,6 +499,23 @@ def _second_pass(
     return jax.lax.cond(state.count % method.update_every == 0, look, pass_by, sides)
 
 
+def _remembered(
+    method: _Method,
+    state: ScaleByKfqnState,
+    average: ArrayTree,
+    sides: _Sides,
+    rest: others.OthersState | tuple[()],
+    accept: jax.Array,
+    sane: jax.Array,
+) -> tuple[ArrayTree, _Sides, others.OthersState | tuple[()]]:
+    """Momentum, sides and others as they are kept: those before, if the step is left out."""
+    learnt = (() if method.without_momentum else average, sides, rest)
+    before = (state.momentum, _Sides(state.inputs, state.outputs), state.others)
+    if method.second_pass:
+        return select(accept, learnt, before)
+    return select(sane, learnt[0], before[0]), *learnt[1:]  # sides saw no batch that is not sane
+
+
 PI_RANGE = (1e-12, 1e12)
 
 
@@ -577,57 +525,12 @@ def max_rows(layers: Layers, statistics: dict[str, Statistics]) -> jax.Array:
     return functools.reduce(jnp.maximum, rows)
 
 
-def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-
-
 def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     if not callable(value):
         return jnp.asarray(value)
     now = value(count)
     check_number(f"kfqn: the schedule of {name} returned ", now)
     return jnp.asarray(now)
-
-
-def _view(
-    layers: Layers, statistics: dict[str, Statistics], dtype_of: Callable[[Layer], Any]
-) -> dict[str, Statistics]:
-    """The statistics in the factors' dtype, without the homogeneous 1 of a bias that is masked."""
-    views = {}
-    for layer in layers:
-        full, rows = statistics[layer.name], layer.rows
-        moment = full.second_moment
-        view = full._replace(
-            inputs=full.inputs[..., :rows],
-            squares=full.squares[..., :rows],
-            product=full.product[..., :rows],
-            second_moment=None if moment is None else moment[..., :rows, :rows],
-        )
-        views[layer.name] = jax.tree.map(operator.methodcaller("astype", dtype_of(layer)), view)
-    return views
-
-
-def _of_inputs(statistics: dict[str, Statistics]) -> dict[str, Any]:
-    """What an input side sees: nothing whose shape depends on the layer's outputs."""
-    fields = ("preactivations", "preactivation_grads", "grad_moment", "part_preactivations", "part_grads")
-    absent: Any = dict.fromkeys(fields)
-    return {name: value._replace(**absent) for name, value in statistics.items()}
-
-
-def _of_outputs(statistics: dict[str, Statistics]) -> dict[str, Any]:
-    """What an output side sees: nothing whose shape depends on the layer's inputs."""
-    absent: Any = dict.fromkeys(("inputs", "squares", "product", "second_moment"))
-    return {name: value._replace(**absent) for name, value in statistics.items()}
-
-
-def _homogeneous(asking: Layers, layers: Layers, vectors: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Vectors as the capture takes them: with a 0 for the 1 of a bias that is masked."""
-    full = {}
-    for layer in asking:
-        missing = layers[layer.name].rows - layer.rows
-        pad = [(0, 0)] * len(layer.copies) + [(0, missing)]
-        full[layer.name] = jnp.pad(vectors[layer.name], pad) if missing else vectors[layer.name]
-    return full
 
 
 def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
@@ -652,80 +555,3 @@ def _raw(curvature: Curvature, updates: ArrayTree) -> tuple[ArrayTree, jax.Array
         return updates, jnp.ones([])
     norm = lambda tree: jnp.sqrt(inner(tree, tree))
     return raw, safe_divide(norm(raw), norm(updates))
-
-
-def _check_real(params: ArrayTree) -> None:
-    for path, leaf in leaves_by_path(params)[0].items():
-        if not is_masked(leaf) and jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"kfqn: init: {'/'.join(path)!r} is of {leaf.dtype}, not of real numbers. Keep its real and"
-                " imaginary parts apart, or leave it to another optimizer with optax.partition."
-            )
-
-
-def _check_state(method: _Method, state: Any, params: ArrayTree) -> None:
-    """Raise unless ``state`` is one that this method's ``init`` makes."""
-    if not isinstance(state, ScaleByKfqnState):
-        raise other_state(f"of type {type(state).__name__}")
-    expected = jax.eval_shape(functools.partial(_init, method), params)
-    parts = {"step rule": (state.rule, expected.rule), "momentum": (state.momentum, expected.momentum)}
-    for kind, given, wanted in (
-        ("input", state.inputs, expected.inputs),
-        ("output", state.outputs, expected.outputs),
-    ):
-        if set(given) != set(wanted):
-            raise other_state(f"with the layers {sorted(given)}, not {sorted(wanted)}")
-        parts |= {f"{kind} side of {name!r}": (given[name], wanted[name]) for name in wanted}
-    for part, (given, wanted) in parts.items():
-        if _summary(given) != _summary(wanted):
-            raise other_state(f"whose {part} is {_summary(given)}, not {_summary(wanted)}")
-
-
-def other_state(what: str) -> ValueError:
-    """The error of an update with a state that is another one's."""
-    return ValueError(
-        f"kfqn: update was given a state {what}. Pass what this transformation's init(params) returned, or"
-        " a checkpoint of it: a state does not go from one method, setting of one, or model to another."
-    )
-
-
-def _summary(part: Any) -> str:
-    shapes = ", ".join(str(jnp.shape(leaf)) for leaf in jax.tree.leaves(part))
-    kind = type(part).__name__ if hasattr(part, "_fields") else "arrays"
-    return f"{kind}: {shapes}" if shapes else "empty"
-
-
-def _check_curvature(curvature: Any, layers: Layers) -> Curvature:
-    if curvature is None:
-        raise ValueError(
-            "kfqn: update was called without curvature. A train step makes it and passes it on:\n"
-            "  value_and_grad = kfqn.value_and_grad(loss_fn, layers)\n"
-            "  loss, grads, curvature = value_and_grad(params, batch)\n"
-            "  updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)\n"
-            "If you do pass it, a wrapper drops it: a plain optax.GradientTransformation around this one"
-            " must be an optax.GradientTransformationExtraArgs."
-        )
-    if not isinstance(curvature, Curvature):
-        raise ValueError(
-            f"kfqn: update was called with curvature={type(curvature).__name__}. Pass the third of the"
-            " values that kfqn.value_and_grad(loss_fn, layers)(params, ...) returns."
-        )
-    missing = [layer.name for layer in layers if layer.name not in curvature.statistics]
-    if missing:
-        raise ValueError(
-            f"kfqn: the curvature has no statistics of {missing}, only of"
-            f" {list(curvature.statistics)}. Give kfqn.value_and_grad the same layers as the optimizer."
-        )
-    return curvature
-
-
-def map_states(function: Callable[[ScaleByKfqnState], ScaleByKfqnState], opt_state: Any, call: str) -> Any:
-    """``opt_state`` with ``function`` applied to every :class:`ScaleByKfqnState` in it."""
-    is_state = lambda node: isinstance(node, ScaleByKfqnState)
-    nodes, structure = jax.tree.flatten(opt_state, is_leaf=is_state)
-    if not any(is_state(node) for node in nodes):
-        raise ValueError(
-            f"{call}: there is no kfqn_optax state in the opt_state given. Pass what tx.init(params)"
-            " returned, with tx from kfqn_optax."
-        )
-    return jax.tree.unflatten(structure, [function(n) if is_state(n) else n for n in nodes])

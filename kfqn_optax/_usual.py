@@ -1,16 +1,16 @@
 """What batches usually are like, so that one which is far from it can be left out."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
-from kfqn_optax._capture.statistics import Statistics
-from kfqn_optax._numerics import ema, inner
+from kfqn_optax._capture.curvature import Curvature
+from kfqn_optax._numerics import OUTLIER, ema, inner, select
+from kfqn_optax._steps.rule import Outcome
 
-OUTLIER, RISE, FALL = 10.0, 0.9, 0.99
+RISE, FALL = 0.9, 0.99
 
 
 class Sizes(NamedTuple):
@@ -38,15 +38,42 @@ class UsualState(NamedTuple):
     sizes: Sizes
     outliers: jax.Array
 
+    @classmethod
+    def start(cls) -> "UsualState":
+        zero = jnp.zeros([], jnp.float32)
+        return cls(Sizes(zero, zero, zero), jnp.zeros([], jnp.int32))
 
-def init() -> UsualState:
-    zero = jnp.zeros([], jnp.float32)
-    return UsualState(Sizes(zero, zero, zero), jnp.zeros([], jnp.int32))
+
+Usual = UsualState | tuple[()]  # empty where batches far from what is usual are not looked for
 
 
-def sizes_of(value: jax.Array, grads: ArrayTree, statistics: Iterable[Statistics]) -> Sizes:
-    inputs = sum((s.squares.sum() for s in statistics), start=jnp.zeros([]))
-    found = Sizes(jnp.abs(value), jnp.sqrt(inner(grads, grads)), inputs)
+def look(state: Usual, curvature: Curvature, grads: ArrayTree, sane: jax.Array) -> tuple[Usual, jax.Array]:
+    """What is usual after this batch, and whether the batch is both ``sane`` and not far from it."""
+    if not isinstance(state, UsualState):
+        return (), sane
+    state, outlier = observe(state, sizes_of(curvature, grads), sane)
+    return state, sane & ~outlier
+
+
+def kept(before: Usual, after: Usual, accept: jax.Array) -> Usual:
+    """A step left out changes nothing of it, but for an outlier: a lasting change is followed."""
+    if not isinstance(before, UsualState) or not isinstance(after, UsualState):
+        return ()
+    return select(accept | (after.outliers > before.outliers), after, before)
+
+
+def far(state: Usual, outcome: Outcome) -> jax.Array:
+    """Whether the loss after the step is far above that before."""
+    if not isinstance(state, UsualState):
+        return jnp.asarray(False)
+    most = OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(outcome.value))
+    return outcome.known & (outcome.value_after - outcome.value > most)
+
+
+def sizes_of(curvature: Curvature, grads: ArrayTree) -> Sizes:
+    squares = (statistics.squares.sum() for statistics in curvature.statistics.values())
+    inputs = sum(squares, start=jnp.zeros([]))
+    found = Sizes(jnp.abs(curvature.value), jnp.sqrt(inner(grads, grads)), inputs)
     return jax.tree.map(lambda size: jnp.asarray(size, jnp.float32), found)
 
 

@@ -10,7 +10,7 @@ from kfqn_optax._capture.nnx import as_arrays, assign, is_model, jit_with_models
 from kfqn_optax._capture.value_and_grad import ValueAndGrad
 from kfqn_optax._shown import shown
 from kfqn_optax._sides.hessian_action import GIVEN, HessianActionState
-from kfqn_optax._transform import ScaleByKfqnState, map_states
+from kfqn_optax._state import ScaleByKfqnState, map_states
 
 State = TypeVar("State")
 

@@ -28,10 +28,14 @@ ROOMS = {  # what the files of each folder may import of the package, besides th
     "_sides": {"_capture", "_numerics", "_constants"},
     "_steps": {"_capture", "_numerics", "_constants"},
     "_over_layers": {"_capture", "_sides", "_divided"},
-    "_usual": {"_capture", "_numerics"},
+    "_usual": {"_capture", "_steps", "_numerics"},
+    "_state": {"_sides", "_usual"},
+    "_views": {"_capture"},
     "_transform": {
         "_over_layers",
         "_usual",
+        "_state",
+        "_views",
         "_capture",
         "_sides",
         "_steps",
@@ -40,10 +44,10 @@ ROOMS = {  # what the files of each folder may import of the package, besides th
         "_numerics",
         "_constants",
     },
-    "_diagnostics": {"_capture", "_transform"},
-    "_warm_start": {"_capture", "_sides", "_transform", "_shown"},
+    "_diagnostics": {"_capture", "_state"},
+    "_warm_start": {"_capture", "_sides", "_state", "_shown"},
     "_train_state": {"_capture"},
-    "_alias": {"_capture", "_sides", "_steps", "_transform", "_constants"},
+    "_alias": {"_capture", "_sides", "_steps", "_state", "_transform", "_constants"},
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax.bench._quick import _options
+from kfqn_optax.bench._quick import compiler_options
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,7 +29,7 @@ def blocks():
 def test_a_block_runs_by_itself(text, place, monkeypatch, capsys):
     namespace = {}
     with monkeypatch.context() as patch:  # compiling is most of the time
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=_options()))
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=compiler_options()))
         exec(compile(text, place, "exec"), namespace)
     assert np.isfinite(namespace.get("loss", 0.0)) or "jnp.nan" in text
     if place == "README.md, block 1":

@@ -167,25 +167,17 @@ def damped(rule, h, s, y, mu1, mu2):
     return new_s, new_y, 1e-6 * longest * max(map(np.linalg.norm, (s, y, new_s, new_y)))
 
 
+@pytest.mark.parametrize("name", ["double_damping", "dp_dlm"])
 @given(seed=seeds, dim=sizes, scale=scales, mu1=rates, mu2=st.floats(0.01, 3))
 @NUMBERS
-def test_double_damping_guarantees_both_its_inequalities(seed, dim, scale, mu1, mu2):
+def test_a_damping_rule_guarantees_both_its_inequalities(name, seed, dim, scale, mu1, mu2):
     h, s, y = pair(seed, dim, scale)
-    new_s, new_y, rounding = damped(kfqn.double_damping, h, s, y, mu1, mu2)
+    new_s, new_y, rounding = damped(getattr(kfqn, name), h, s, y, mu1, mu2)
     assert new_s @ y >= mu1 * y @ h @ y - rounding
     assert new_s @ new_y >= mu2 * new_s @ new_s - rounding
-    expected = oracles.double_damping(h, s, y, mu1, mu2)
+    expected = getattr(oracles, name)(h, s, y, mu1, mu2)
     for own, other in zip((new_s, new_y), expected, strict=True):
         np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4 * np.abs(other).max())
-
-
-@given(seed=seeds, dim=sizes, scale=scales, mu1=rates, mu2=st.floats(0.01, 3))
-@NUMBERS
-def test_dp_dlm_guarantees_its_inequality(seed, dim, scale, mu1, mu2):
-    h, s, y = pair(seed, dim, scale)
-    new_s, new_y, rounding = damped(kfqn.dp_dlm, h, s, y, mu1, mu2)
-    assert new_s @ y >= mu1 * y @ h @ y - rounding
-    assert new_s @ new_y >= mu2 * new_s @ new_s - rounding
 
 
 @given(seed=seeds, dim=sizes, scale=scales, mu1=st.floats(0.1, 0.9), mu2=st.floats(0.1, 0.9))

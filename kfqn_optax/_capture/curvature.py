@@ -18,7 +18,7 @@ from kfqn_optax._capture.outputs import as_key, bits_of, gauss_newton
 from kfqn_optax._capture.parameters import check_like, is_masked
 from kfqn_optax._capture.quadratic import Forms, forms_of
 from kfqn_optax._capture.statistics import Statistics
-from kfqn_optax._numerics import inner
+from kfqn_optax._numerics import inner, wide_dtype
 from kfqn_optax._shown import shown
 
 LEAST = 0.01
@@ -118,7 +118,7 @@ class Curvature:
         At least a hundredth of that of layers whose kernels have variance 1 / d_in, d_out a layer, so
         that parameters which start at zero have a length too.
         """
-        wide = [p.astype(_wide(p)) for p in jax.tree.leaves(as_arrays(self.params))]
+        wide = [p.astype(wide_dtype(p)) for p in jax.tree.leaves(as_arrays(self.params))]
         usual = sum(math.prod(layer.copies) * layer.out_dim for layer in self._batch.layers)
         return jnp.maximum(inner(wide, wide), LEAST * usual)
 
@@ -253,16 +253,37 @@ def _check_vectors(vectors: Mapping[str, jax.Array], layers: Layers) -> None:
             )
 
 
-def _wide(leaf: jax.Array) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def _centred(statistics: Statistics, positions: int) -> Statistics:
     if statistics.grad_moment is None:
         return statistics
     total = statistics.preactivation_grads
     outer = total[..., :, None] * total[..., None, :]
     return statistics._replace(grad_moment=statistics.grad_moment - outer / positions)
+
+
+def check_curvature(curvature: Any, layers: Layers) -> Curvature:
+    """What ``update`` was given as curvature, or an error that says how to pass it."""
+    if curvature is None:
+        raise ValueError(
+            "kfqn: update was called without curvature. A train step makes it and passes it on:\n"
+            "  value_and_grad = kfqn.value_and_grad(loss_fn, layers)\n"
+            "  loss, grads, curvature = value_and_grad(params, batch)\n"
+            "  updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)\n"
+            "If you do pass it, a wrapper drops it: a plain optax.GradientTransformation around this one"
+            " must be an optax.GradientTransformationExtraArgs."
+        )
+    if not isinstance(curvature, Curvature):
+        raise ValueError(
+            f"kfqn: update was called with curvature={type(curvature).__name__}. Pass the third of the"
+            " values that kfqn.value_and_grad(loss_fn, layers)(params, ...) returns."
+        )
+    missing = [layer.name for layer in layers if layer.name not in curvature.statistics]
+    if missing:
+        raise ValueError(
+            f"kfqn: the curvature has no statistics of {missing}, only of"
+            f" {list(curvature.statistics)}. Give kfqn.value_and_grad the same layers as the optimizer."
+        )
+    return curvature
 
 
 _FORMS_NOTE = (

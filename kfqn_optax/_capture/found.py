@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kfqn_optax._capture.forms import Form
 from kfqn_optax._capture.layers import Layer, Layers, Path
 from kfqn_optax._capture.slot import slot_shapes
+from kfqn_optax._numerics import wide_dtype
 
 MAX_PATCH = 2048
 
@@ -58,7 +59,7 @@ def layer_of(
         kernel_shape=jnp.shape(kernel),
         bias_shape=None if bias is None else jnp.shape(bias),
         slot_shapes={key: _insert(shape, slot_axes, stack) for key, shape in shapes.items()},
-        dtype=jnp.promote_types(kernel.dtype, jnp.float32),
+        dtype=wide_dtype(kernel),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._numerics import safe_divide
+from kfqn_optax._numerics import safe_divide, wide_dtype
 from kfqn_optax._shown import shown
 
 DISTRIBUTIONS = ("bernoulli", "categorical", "normal")
@@ -233,7 +233,7 @@ def as_key(key: Any) -> jax.Array:
 
 
 def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(wide_dtype(array))
 
 
 def _one_hot(index: jax.Array, p: jax.Array) -> jax.Array:

@@ -130,6 +130,12 @@ def layers_within(layers: Layers, tree: ArrayTree, call: str) -> Layers:
     """The layers whose parameters ``tree`` holds unmasked; a masked bias leaves the kernel's rows."""
     check_parameters(layers, tree, call)
     present, _ = leaves_by_path(tree)
+    for path, leaf in present.items():
+        if not is_masked(leaf) and jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"{call}: {'/'.join(path)!r} is of {leaf.dtype}, not of real numbers. Keep its real and"
+                " imaginary parts apart, or leave it to another optimizer with optax.partition."
+            )
     kept = []
     for layer in layers:
         masked = {path[-1] for path in layer.parameter_shapes if is_masked(_lookup(present, path))}

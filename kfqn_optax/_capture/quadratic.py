@@ -9,6 +9,7 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.parameters import is_masked
+from kfqn_optax._numerics import wide_dtype
 
 
 class Forms(NamedTuple):
@@ -47,7 +48,7 @@ def forms_of(
         for i, value in zip(moving, values, strict=True):
             placed[i] = value
         value = loss(jax.tree.unflatten(structure, placed))
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        return value.astype(wide_dtype(value))
 
     start = [jnp.asarray(leaves[i]) for i in moving]
     moves = [[_filled(own[i], leaves[i]) for i in moving] for own in tangents]

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import add_diagonal, all_finite, ema, safe_divide
+from kfqn_optax._numerics import OUTLIER, add_diagonal, all_finite, ema, safe_divide
 from kfqn_optax._sides import bfgs
 from kfqn_optax._sides.factor import PairCounts, no_pairs
 from kfqn_optax._sides.side import Side
 
 FLOOR = 1e-6
 EVERY_STEP_AT_FIRST = 3
-OUTLIER = 10.0
 
 
 class FisherState(NamedTuple):

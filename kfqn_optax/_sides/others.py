@@ -8,7 +8,7 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.parameters import is_masked, leaves_by_path
-from kfqn_optax._numerics import ema
+from kfqn_optax._numerics import ema, wide_dtype
 
 
 class OthersState(NamedTuple):
@@ -26,7 +26,7 @@ class OthersState(NamedTuple):
 
 
 def init(layers: Layers, params: ArrayTree) -> OthersState:
-    zeros = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in _others(layers, params).items()}
+    zeros = {name: jnp.zeros_like(leaf) for name, leaf in _others(layers, params).items()}
     return OthersState(zeros, dict(zeros), jnp.zeros([], jnp.int32))
 
 
@@ -85,5 +85,5 @@ def paths(layers: Layers, tree: ArrayTree) -> list[tuple[str, ...]]:
 
 def _others(layers: Layers, tree: ArrayTree) -> dict[str, jax.Array]:
     leaves, _ = leaves_by_path(tree)
-    wide = lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
+    wide = lambda leaf: jnp.asarray(leaf, wide_dtype(leaf))
     return {"/".join(path): wide(leaves[path]) for path in paths(layers, tree)}

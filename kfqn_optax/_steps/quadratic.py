@@ -1,6 +1,6 @@
 """The step of a quadratic model of the loss in two directions, and a damping that follows its success."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,13 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import ema, inner, safe_divide
+from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide, wide_dtype
 from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR = 0.75, 0.25
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 LONGER, FORGET_LENGTH = 2.0, 0.8
-OUTLIER = 10.0
 
 
 class QuadraticState(NamedTuple):
@@ -108,7 +107,7 @@ def quadratic(
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
-        last = jax.tree.map(lambda p: jnp.zeros_like(p, _wide(p)), params)
+        last = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
         most = jnp.full([], jnp.finfo(jnp.float32).max)
         return QuadraticState(
             last, jnp.zeros([], jnp.int32), one, zero, zero, most, zero, zero, zero, share=one, ratio=one
@@ -234,10 +233,6 @@ def _enough(curvature: Curvature) -> int | None:
         return None
     rows = max(LEAST, -(-OUTPUTS // curvature.outputs))
     return min(rows, ALIKE) if set(curvature.distributions) == {"normal"} else rows
-
-
-def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
 QUADRATIC = quadratic()

@@ -8,7 +8,7 @@ import jax
 
 
 @functools.cache
-def _options() -> dict[str, Any]:
+def compiler_options() -> dict[str, Any]:
     """Compiler options that this version of XLA takes."""
     least: dict[str, Any] = {"xla_backend_optimization_level": 0}
     for candidate in ({**least, "xla_cpu_use_fusion_emitters": False}, least):
@@ -22,4 +22,4 @@ def _options() -> dict[str, Any]:
 
 def quick_jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """``jax.jit``, quicker to compile and slower to run; as exact."""
-    return jax.jit(function, compiler_options=_options(), **settings)
+    return jax.jit(function, compiler_options=compiler_options(), **settings)
