@@ -259,7 +259,7 @@ def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),
         others=others.init(present, params) if method.others_decay is not None and rest else (),
-        usual=UsualState.start() if method.remembers or not method.rule.wary else (),
+        usual=UsualState.start(params) if method.remembers or not method.rule.wary else (),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),

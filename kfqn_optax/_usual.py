@@ -39,8 +39,8 @@ class UsualState(NamedTuple):
     outliers: jax.Array
 
     @classmethod
-    def start(cls) -> "UsualState":
-        zero = jnp.zeros([], jnp.float32)
+    def start(cls, params: ArrayTree) -> "UsualState":
+        zero = jnp.zeros([], jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
         return cls(Sizes(zero, zero, zero), jnp.zeros([], jnp.int32))
 
 
@@ -51,7 +51,9 @@ def look(state: Usual, curvature: Curvature, grads: ArrayTree, sane: jax.Array) 
     """What is usual after this batch, and whether the batch is both ``sane`` and not far from it."""
     if not isinstance(state, UsualState):
         return (), sane
-    state, outlier = observe(state, sizes_of(curvature, grads), sane)
+    dtype = state.sizes.loss.dtype
+    sizes = jax.tree.map(lambda size: size.astype(dtype), sizes_of(curvature, grads))
+    state, outlier = observe(state, sizes, sane)
     return state, sane & ~outlier
 
 
@@ -73,8 +75,7 @@ def far(state: Usual, outcome: Outcome) -> jax.Array:
 def sizes_of(curvature: Curvature, grads: ArrayTree) -> Sizes:
     squares = (statistics.squares.sum() for statistics in curvature.statistics.values())
     inputs = sum(squares, start=jnp.zeros([]))
-    found = Sizes(jnp.abs(curvature.value), jnp.sqrt(inner(grads, grads)), inputs)
-    return jax.tree.map(lambda size: jnp.asarray(size, jnp.float32), found)
+    return Sizes(jnp.abs(curvature.value), jnp.sqrt(inner(grads, grads)), inputs)
 
 
 def observe(state: UsualState, now: Sizes, good: jax.Array) -> tuple[UsualState, jax.Array]:

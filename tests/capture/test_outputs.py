@@ -673,7 +673,7 @@ def test_nnx_forms_are_those_of_linen(float64):
 
 def test_a_convolution_s_moment_is_of_the_first_examples_only(monkeypatch, float64):
     """The covariance of the first two examples around the mean of all, so that A is positive."""
-    monkeypatch.setattr("kfqn_optax._capture.tap.PATCHES", 10)
+    monkeypatch.setattr("kfqn_optax._capture.sums.PATCHES", 10)
     options = {"padding": "VALID", "feature_group_count": 2, "param_dtype": jnp.float64}
     model, x = nn.Conv(4, (2,), **options), jnp.asarray(RNG.normal(size=(5, 5, 2)))
     params = model.init(jax.random.key(0), x)["params"]
