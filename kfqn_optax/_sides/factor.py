@@ -28,8 +28,8 @@ class PairCounts(NamedTuple):
 
     Attributes:
       counts: how many were taken; how many of those a damping rule changed first; how many were
-        skipped, which leaves the factor as it was, because a number was not finite or s^T y not
-        positive enough. (3,).
+        skipped, because a number was not finite or s^T y not positive enough, which leaves the factor as
+        it was, or because the factor was found indefinite, which starts it again. (3,).
       ratio: s^T y / y^T H y of the last pair, before damping; 1 if H was right along y already.
     """
 
@@ -50,10 +50,11 @@ def take_pair(
     valid: jax.Array,
     rule: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[Any, PairCounts]:
-    """Update a factor with a pair, or leave it as it was.
+    """Update a factor with a pair, or leave it as it was, or start it again at I.
 
     The pair is skipped unless s^T y > 0, s^T y > 1e-4 s^T s ||gate||, the new state is finite, and
-    ``valid``. Source: the authors' program of Goldfarb, Ren, Bahamou 2020.
+    ``valid``. Source: the authors' program of Goldfarb, Ren, Bahamou 2020. Where y^T H y < 0 rounding
+    has made H indefinite, and no pair would mend that: H starts again.
 
     Args:
       factor: the kind of factor.
@@ -67,15 +68,18 @@ def take_pair(
     s, y = pair
     hy = factor.apply(state, y)
     undamped = s @ y
-    ratio = safe_divide(undamped, y @ hy)
+    curvature = y @ hy
+    ratio = safe_divide(undamped, curvature)
+    indefinite = valid & (curvature < 0)
     if rule is not None:
         s, y = rule(s, y, hy)
     sy = s @ y
     enough = (sy > 0) & (sy > 1e-4 * (s @ s) * jnp.linalg.norm(gate))
     candidate = factor.update(state, s, y)
-    take = valid & enough & all_finite(candidate)
+    take = valid & enough & ~indefinite & all_finite(candidate)
     outcome = jnp.stack([take, take & (sy != undamped), ~take])
     pairs = PairCounts(
         counts=pairs.counts + outcome, ratio=jnp.where(jnp.isfinite(ratio), ratio, pairs.ratio)
     )
-    return select(take, candidate, state), pairs
+    kept = select(indefinite, factor.init(s.shape[0], s.dtype, 1.0), state)
+    return select(take, candidate, kept), pairs

@@ -15,7 +15,9 @@ from kfqn_optax.bench._plot import require_matplotlib, save_plot
 from kfqn_optax.bench._problems import PROBLEMS
 from kfqn_optax.bench._profile.command import profile
 from kfqn_optax.bench._report import print_table, save_json
+from kfqn_optax.bench._resume.command import resume
 from kfqn_optax.bench._scale.command import scale
+from kfqn_optax.bench._soak.command import run_soak
 from kfqn_optax.bench._suite.command import suite
 from kfqn_optax.bench._sweep.command import sweep
 from kfqn_optax.bench._train import Budget, Run
@@ -26,6 +28,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sweep": sweep,
     "scale": scale,
     "faults": faults,
+    "soak": run_soak,
+    "resume": resume,
 }
 
 

@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m kfqn_optax.bench",
         description="Train deep autoencoders with several optimizers and compare them.",
-        epilog="As the first word: suite, profile, sweep, scale, faults; each has its own --help.",
+        epilog="As the first word: suite, profile, sweep, scale, faults, soak, resume, each with a --help.",
     )
 
     def add(name: str, to: Any = parser, **settings: Any) -> None:

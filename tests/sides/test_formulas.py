@@ -288,6 +288,17 @@ def test_a_damped_pair_is_counted_as_damped():
     assert offer(ONE, ONE, ONE, rule=rule)[1] == TAKEN
 
 
+def test_an_indefinite_factor_starts_again():
+    """H = diag(1, -1) with a good pair along its second axis, which no update would turn positive."""
+    other = np.eye(2)[1]
+    indefinite = np.diag([1.0, -1.0])
+    new, counts, _ = offer(other, other, ONE, h=indefinite)
+    np.testing.assert_array_equal(new, np.eye(2))
+    assert counts == SKIPPED
+    new, counts, _ = offer(other, other, ONE, h=indefinite, valid=False)
+    np.testing.assert_array_equal(new, indefinite)
+
+
 # The sides
 
 
@@ -374,6 +385,27 @@ def test_hessian_action_keeps_what_it_has_when_a_batch_is_empty_or_not_finite(rn
         np.testing.assert_array_equal(after.second_moment, state.second_moment)
         np.testing.assert_array_equal(after.factor, state.factor)
         assert after.pairs.counts.tolist() == SKIPPED
+
+
+def test_an_indefinite_h_a_is_the_inverse_again_in_the_next_step(rng):
+    side, damping = kfqn.hessian_action(0.9), 0.4
+    good = statistics(oracles.homogeneous(rng.normal(size=(4, D - 1))))
+    state = started(side, side.observe(side.init(D, jnp.float64), good, damping), damping)
+    state = side.update(state._replace(factor=-state.factor), good, None, damping)
+    assert state.pairs.counts.tolist() == SKIPPED
+    state = started(side, side.observe(state, good, damping), damping)
+    close(state.factor, np.linalg.inv(state.second_moment + damping * np.eye(D)), 1e-11)
+    assert side.update(state, good, None, damping).pairs.counts.tolist() == [1, 0, 1]
+
+
+def test_an_indefinite_h_a_of_minibatches_starts_again_in_the_next_step(rng):
+    side, damping = kfqn.minibatch_action(kfqn.bfgs), 0.4
+    good = statistics(rng.normal(size=(4, D)))
+    first = side.observe(side.init(D, jnp.float64), good, damping)
+    state = side.update(first._replace(factor=-first.factor), good, good, damping)
+    assert state.pairs.counts.tolist() == SKIPPED
+    state = side.observe(state, good, damping)
+    np.testing.assert_array_equal(state.factor, first.factor)
 
 
 def test_secant_averages_the_undamped_changes(rng):

@@ -75,7 +75,7 @@ class Trainer:
         layers = kfqn.find_layers(MODEL, {"params": self._params}, x[:1])
         make, settings = METHODS[method], METHODS[method].keywords
         step_rule, usual_rate = RULES[rule]
-        value_and_grad = kfqn.value_and_grad(_loss, layers, batch_argnums=(1, 2))
+        value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=(1, 2))
 
         def optimizer(rate: Any, damping: Any) -> Any:
             changed = settings | {"damping": settings["damping"] * damping}
@@ -90,7 +90,7 @@ class Trainer:
 
         self._state = optimizer(1.0, 1.0).init(self._params)
         self._step = jit(step)
-        self._loss = jit(_loss)
+        self._loss = jit(loss_fn)
 
     def run(self, fault: Fault | None, steps: int = STEPS) -> Outcome:
         params, state = self._params, self._state
@@ -122,7 +122,7 @@ def swapped(k: int) -> Fault:
     return lambda inputs: batch(10_000 + k)
 
 
-def _loss(params, x, y, scale):
+def loss_fn(params, x, y, scale):
     z = kfqn.outputs(MODEL.apply({"params": params}, x), "normal")
     return scale * jnp.mean(jnp.sum((z - y) ** 2, axis=1))
 

@@ -1,0 +1,1 @@
+"""``python -m kfqn_optax.bench resume``: training that is killed and goes on from its last checkpoint."""
