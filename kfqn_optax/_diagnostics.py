@@ -51,7 +51,8 @@ def diagnostics(opt_state: optax.OptState) -> Report:
 
       * ``"count"``: updates made, ``"rejected"``: those that were left out because a number was not
         finite, the batch far from what is usual, or the loss after the step far above that before;
-        ``"outliers"``: those left out for the second of these reasons;
+        ``"outliers"``: batches far from what is usual, which are left out, or count for less with
+        :func:`quadratic` alone;
       * ``"damping"`` of the last update, ``"share"``: the part of the proposed step that was made in it, 0
         if it was left out; ``"rule"``: the numbers that the step rule keeps, such as ``"cap"`` of
         :func:`measured`, or ``"alpha"``, ``"mu"`` and ``"ratio"`` of :func:`quadratic`;
@@ -90,7 +91,7 @@ def diagnostics(opt_state: optax.OptState) -> Report:
     return {
         "count": first.count,
         "rejected": first.rejected,
-        "outliers": first.usual.outliers if first.usual else jnp.zeros([], jnp.int32),
+        "outliers": first.usual.outliers,
         "damping": first.damping,
         "share": first.share,
         "rule": {name: value for name, value in rule.items() if getattr(value, "ndim", None) == 0},

@@ -20,8 +20,8 @@ class ScaleByKfqnState(NamedTuple):
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
       others: of the parameters that belong to no layer, if they have a diagonal factor; empty otherwise.
-      usual: what batches usually are like, of which one that is ten times as large is left out; empty with
-        a step rule that is wary, without momentum and second pass.
+      usual: what batches usually are like. One that is ten times as large is left out; just counted with a
+        step rule that is wary, without momentum and second pass.
       rule: what the step rule keeps.
       damping: the damping of the last step that was not left out for its batch.
       share: the part of the proposed step that was made in the last update.
@@ -36,7 +36,7 @@ class ScaleByKfqnState(NamedTuple):
     inputs: dict[str, Any]
     outputs: dict[str, Any]
     others: others.OthersState | tuple[()]
-    usual: UsualState | tuple[()]
+    usual: UsualState
     rule: Any
     damping: jax.Array
     share: jax.Array
@@ -47,7 +47,7 @@ def check_state(state: Any, expected: ScaleByKfqnState) -> None:
     """Raise unless ``state`` is shaped like ``expected``, what this method's ``init`` makes."""
     if not isinstance(state, ScaleByKfqnState):
         raise other_state(f"of type {type(state).__name__}")
-    names = {"step rule": "rule", "momentum": "momentum", "usual sizes": "usual"}
+    names = {"step rule": "rule", "momentum": "momentum"}
     parts = {name: (getattr(state, field), getattr(expected, field)) for name, field in names.items()}
     for kind, given, wanted in (
         ("input", state.inputs, expected.inputs),

@@ -69,9 +69,9 @@ class _Method(NamedTuple):
         return any(side.second_pass for side in (*self.inputs.values(), *self.outputs.values()))
 
     @property
-    def remembers(self) -> bool:
-        """Whether a batch leaves more than its share in averages that are bounded."""
-        return self.second_pass or not self.without_momentum
+    def leaves_out(self) -> bool:
+        """Whether a batch far from what is usual could do more than its share."""
+        return self.second_pass or not self.without_momentum or not self.rule.wary
 
     @property
     def without_momentum(self) -> bool:
@@ -201,7 +201,7 @@ def scale_by_kfqn(
         damping = method.rule.damping(state.rule, given, curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
-        usual, sane = look(state.usual, curvature, updates, sane)
+        usual, sane = look(state.usual, curvature, updates, sane, method.leaves_out)
         sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
@@ -259,7 +259,7 @@ def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),
         others=others.init(present, params) if method.others_decay is not None and rest else (),
-        usual=UsualState.start(params) if method.remembers or not method.rule.wary else (),
+        usual=UsualState.start(params),
         rule=method.rule.init(params),
         damping=jnp.zeros([], jnp.float32),
         share=jnp.ones([], jnp.float32),

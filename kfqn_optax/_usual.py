@@ -28,11 +28,11 @@ class Sizes(NamedTuple):
 
 
 class UsualState(NamedTuple):
-    """State of a method that remembers batches.
+    """What is kept about batches.
 
     Attributes:
       sizes: running means, in which no batch counts for more than ten times as much.
-      outliers: how many batches were left out.
+      outliers: how many batches were far from them.
     """
 
     sizes: Sizes
@@ -44,38 +44,35 @@ class UsualState(NamedTuple):
         return cls(Sizes(zero, zero, zero), jnp.zeros([], jnp.int32))
 
 
-Usual = UsualState | tuple[()]  # empty where batches far from what is usual are not looked for
+def look(
+    state: UsualState, curvature: Curvature, grads: ArrayTree, sane: jax.Array, leave_out: bool
+) -> tuple[UsualState, jax.Array]:
+    """What is usual after this batch, and whether the batch is to be learnt from.
 
-
-def look(state: Usual, curvature: Curvature, grads: ArrayTree, sane: jax.Array) -> tuple[Usual, jax.Array]:
-    """What is usual after this batch, and whether the batch is both ``sane`` and not far from it."""
-    if not isinstance(state, UsualState):
-        return (), sane
+    It is if it is ``sane`` and not far from what is usual; or just counted if it is and not ``leave_out``:
+    then by its loss and gradient alone, for its inputs may not be measured.
+    """
     dtype = state.sizes.loss.dtype
-    sizes = jax.tree.map(lambda size: size.astype(dtype), sizes_of(curvature, grads))
-    state, outlier = observe(state, sizes, sane)
-    return state, sane & ~outlier
+    inputs = _inputs(curvature) if leave_out else jnp.zeros([])
+    found = Sizes(jnp.abs(curvature.value), jnp.sqrt(inner(grads, grads)), inputs)
+    state, outlier = observe(state, jax.tree.map(lambda size: size.astype(dtype), found), sane)
+    return state, sane & ~outlier if leave_out else sane
 
 
-def kept(before: Usual, after: Usual, accept: jax.Array) -> Usual:
+def kept(before: UsualState, after: UsualState, accept: jax.Array) -> UsualState:
     """A step left out changes nothing of it, but for an outlier: a lasting change is followed."""
-    if not isinstance(before, UsualState) or not isinstance(after, UsualState):
-        return ()
     return select(accept | (after.outliers > before.outliers), after, before)
 
 
-def far(state: Usual, outcome: Outcome) -> jax.Array:
+def far(state: UsualState, outcome: Outcome) -> jax.Array:
     """Whether the loss after the step is far above that before."""
-    if not isinstance(state, UsualState):
-        return jnp.asarray(False)
     most = OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(outcome.value))
     return outcome.known & (outcome.value_after - outcome.value > most)
 
 
-def sizes_of(curvature: Curvature, grads: ArrayTree) -> Sizes:
+def _inputs(curvature: Curvature) -> jax.Array:
     squares = (statistics.squares.sum() for statistics in curvature.statistics.values())
-    inputs = sum(squares, start=jnp.zeros([]))
-    return Sizes(jnp.abs(curvature.value), jnp.sqrt(inner(grads, grads)), inputs)
+    return sum(squares, start=jnp.zeros([]))
 
 
 def observe(state: UsualState, now: Sizes, good: jax.Array) -> tuple[UsualState, jax.Array]:

@@ -12,7 +12,7 @@ import kfqn_optax as kfqn
 from kfqn_optax.bench._quick import compiler_options
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # those of notebooks are made by them
 
 
 def blocks():

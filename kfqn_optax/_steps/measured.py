@@ -9,6 +9,7 @@ from kfqn_optax._numerics import safe_divide
 from kfqn_optax._steps.rule import StepRule
 
 START, GROWTH, DECLINE, PATIENCE = 0.01, 1.25, 0.1, 0.3
+WINDOW, SHORTER, SHORTEST = 10, 0.5, 1e-4
 
 
 class MeasuredState(NamedTuple):
@@ -17,10 +18,18 @@ class MeasuredState(NamedTuple):
     Attributes:
       cap: the part nu of the learning rate that was tried in the last step. ().
       reach: the part of it that was made. ().
+      limit: the most that is tried. ().
+      count: batches since the last look at their losses. ().
+      window: the sum of those losses. ().
+      before: that of the ten batches before them. ().
     """
 
     cap: jax.Array
     reach: jax.Array
+    limit: jax.Array
+    count: jax.Array
+    window: jax.Array
+    before: jax.Array
 
 
 def measured() -> StepRule:
@@ -37,8 +46,10 @@ def measured() -> StepRule:
 
     The next step is probed at 1.25 times the length made, up to the learning rate, and at a tenth at
     least of the one before; the first at a hundredth of the learning rate, since the factors know nothing
-    yet. A step at whose end the loss is not finite is not made. Nothing here has a unit: a constant added
-    to the loss changes no step. The damping stays as it is given.
+    yet. A step at whose end the loss is not finite is not made. Where ten new batches have a larger loss,
+    before their steps, than the ten before them, steps suit the batches they are made of and no other: the
+    most that is probed is halved then, and doubled where they have a smaller one, up to the learning rate.
+    Nothing here has a unit: a constant added to the loss changes no step. The damping stays as it is given.
 
     Example:
       >>> import kfqn_optax as kfqn
@@ -49,21 +60,37 @@ def measured() -> StepRule:
 
     def init(params):
         del params
-        return MeasuredState(jnp.ones([], jnp.float32), jnp.full([], START, jnp.float32))
+        one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
+        most = jnp.full([], jnp.finfo(jnp.float32).max)
+        return MeasuredState(one, START * one, one, jnp.zeros([], jnp.int32), zero, most)
 
     def propose(state, proposal):
-        nu = jnp.minimum(1, GROWTH * state.reach)
+        nu = jnp.minimum(state.limit, GROWTH * state.reach)
         step = jax.tree.map(lambda d: (nu * d).astype(d.dtype), proposal.direction)
         return step, state._replace(cap=nu)
 
     def review(state, outcome):
+        state = watched(state, jnp.asarray(outcome.value, jnp.float32))
         made = share(outcome.value, outcome.value_after, outcome.slope, outcome.mean_slope)
         made = jnp.where(outcome.sane, made, 0)
         reach = jnp.where(outcome.known, state.cap * jnp.maximum(made, DECLINE), state.reach)
         made = jnp.where(outcome.known, made, outcome.sane)
-        return made, MeasuredState(state.cap * made, jnp.asarray(reach, jnp.float32))
+        return made, state._replace(cap=state.cap * made, reach=jnp.asarray(reach, jnp.float32))
 
     return StepRule(init, propose, review, due=lambda state: jnp.asarray(True))
+
+
+def watched(state: MeasuredState, value: jax.Array) -> MeasuredState:
+    """The state after a batch with this loss: every ten batches the limit follows what the steps did."""
+    window, look = state.window + value, state.count + 1 == WINDOW
+    factor = jnp.where(window > state.before, SHORTER, 1 / SHORTER)
+    limit = jnp.clip(state.limit * factor, SHORTEST, 1)
+    return state._replace(
+        limit=jnp.where(look, limit, state.limit),
+        count=jnp.where(look, 0, state.count + 1),
+        window=jnp.where(look, 0, window),
+        before=jnp.where(look, window, state.before),
+    )
 
 
 def share(value: jax.Array, value_after: jax.Array, slope: jax.Array, mean_slope: jax.Array) -> jax.Array:

@@ -78,8 +78,9 @@ class StepRule(NamedTuple):
         -learning_rate step. For the papers ``step`` is the direction.
       due: ``due(state) -> bool``, whether the loss at the end of this step must be known. It is known
         anyway where a side makes a second pass.
-      review: ``review(state, outcome) -> (share, state)``: the part of the proposed step that is made, 0
-        for none of it.
+      review: ``review(state, outcome) -> (share, state)``: the part of the proposed step that is made. With
+        0 the step is left out and nothing is learnt from its batch, momentum included: a batch that comes
+        again is then met as before.
       wary: whether the rule itself bounds what one batch unlike the others can do. Batches far from what is
         usual are left out if it does not, and wherever batches are remembered in momentum or in pairs.
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax._steps.measured import DECLINE, GROWTH, PATIENCE
+from kfqn_optax._steps.measured import DECLINE, GROWTH, PATIENCE, SHORTEST, WINDOW, watched
 from kfqn_optax.bench._quick import quick_jit
 
 
@@ -76,6 +76,24 @@ def test_the_next_probe_is_a_little_longer_up_to_the_learning_rate():
 
     assert tried(0.1) == pytest.approx(0.1 * GROWTH)
     assert tried(0.9) == 1
+
+
+def test_the_limit_follows_what_the_steps_did_to_new_batches():
+    """Halved where ten losses are above the ten before, doubled where they are not, at most 1."""
+    state = kfqn.measured().init({})
+    limits = []
+    for loss in (1.0, 2.0, 3.0, 3.0, 2.0, 1.0, *np.arange(2, 30)):
+        for _ in range(WINDOW):
+            assert len(limits) == 0 or state.limit == limits[-1]
+            state = watched(state, jnp.float32(loss))
+        limits.append(float(state.limit))
+    assert limits[:7] == [1, 0.5, 0.25, 0.5, 1, 1, 0.5]
+    assert limits[-1] == pytest.approx(SHORTEST)
+    _, proposed = kfqn.measured().propose(
+        state._replace(reach=jnp.float32(1)),
+        kfqn.Proposal({}, {}, {"w": jnp.ones(1)}, jnp.ones([]), jnp.ones([]), None),
+    )
+    assert proposed.cap == state.limit
 
 
 # In training

@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
     @property
     def counted(self) -> str:
-        names = ("rejected", "damped", "skipped")
+        names = ("rejected", "outliers", "damped", "skipped")
         more = {name: getattr(self.outcome, name) - getattr(self.undisturbed, name) for name in names}
         return ", ".join(f"{name} {count:+d}" for name, count in more.items() if count) or "-"
 

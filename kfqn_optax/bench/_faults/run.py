@@ -45,13 +45,14 @@ class Outcome(NamedTuple):
       loss: of all examples, after the last step.
       finite: whether parameters and state are.
       positive: the smallest eigenvalue of any factor's symmetric part over its largest.
-      rejected, damped, skipped: what the diagnostics count, pairs over all layers.
+      rejected, outliers, damped, skipped: what the diagnostics count, pairs over all layers.
     """
 
     loss: float
     finite: bool
     positive: float
     rejected: int
+    outliers: int
     damped: int
     skipped: int
 
@@ -106,6 +107,7 @@ class Trainer:
             finite=all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves((params, state))),
             positive=smallest_eigenvalue(state),
             rejected=int(told["rejected"]),
+            outliers=int(told["outliers"]),
             damped=sum(int(side["damped"]) for side in sides),
             skipped=sum(int(side["skipped"]) for side in sides),
         )

@@ -49,7 +49,8 @@ def profile(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m kfqn_optax.bench profile",
-        description="Where a step's time, operations and compiling go, in multiples of Adam's step.",
+        description="Where a step's time, operations and compiling go, in multiples of Adam's step. Steps"
+        " are those of a run under way: the first 30 of kfac are dearer.",
     )
     add = parser.add_argument
     add("--problem", type=known(TASKS), default="curves", help=f"{', '.join(TASKS)} (default curves)")

@@ -63,7 +63,8 @@ def _costs(options: argparse.Namespace) -> Iterator[Cost]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m kfqn_optax.bench scale",
-        description="Cost and memory of a step of networks of tanh layers, one thing varied at a time."
+        description="Cost and memory of a step of networks of tanh layers, one thing varied at a time, in"
+        " a run under way: the first 30 steps of kfac are dearer."
         " Devices are simulated: they share this machine's cores, so that their memory and operations tell,"
         " and not their seconds.",
     )

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfqn_optax as kfqn
 from kfqn_optax.bench._profile.methods import ADAM
-from kfqn_optax.bench._profile.step import Timed, take_turns
+from kfqn_optax.bench._profile.step import Timed, settled, take_turns
 from kfqn_optax.bench._scale.cost import Cost, cost_of
 from kfqn_optax.bench._scale.network import Size, task_of
 from kfqn_optax.bench._suite.methods import Method, curvature_step
@@ -22,7 +22,7 @@ def costs(devices: int, size: Size, steps: int) -> list[Cost]:
         tx = method.make(1.0, task.layers)
         params, state = jax.device_put(task.init(0), NamedSharding(mesh, PartitionSpec()))
         batch = jax.device_put(task.train, NamedSharding(mesh, PartitionSpec("batch")))
-        arguments = (params, jax.jit(tx.init)(params), state, batch)
+        arguments = (params, settled(jax.jit(tx.init)(params)), state, batch)
         return Timed(method.step(task, tx), arguments, lambda before, result: (*result[:3], before[3]))
 
     divided = Method(lambda rate, layers: kfqn.kfac(rate, layers, factor_mesh=mesh), curvature_step)

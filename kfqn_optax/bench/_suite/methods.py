@@ -3,6 +3,7 @@
 To add one, enter it in ``METHODS``.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -45,8 +46,8 @@ def gradient_step(task: Task, tx: Any) -> Step:
     return step
 
 
-def curvature_step(task: Task, tx: Any) -> Step:
-    statistics_too = value_and_grad(task.loss, task.layers, task.forward)
+def curvature_step(task: Task, tx: Any, groups: int = 1) -> Step:
+    statistics_too = value_and_grad(task.loss, task.layers, task.forward, groups)
 
     def step(params, opt_state, state, batch):
         (loss, state), grads, curvature = statistics_too(params, batch, state)
@@ -77,6 +78,11 @@ def _first_order(make: Callable[[float], Any]) -> Method:
     return Method(lambda rate, layers: inject(learning_rate=rate), gradient_step, rate_in_state=True)
 
 
+def _kbfgs(groups: int = 1, **options: Any) -> Method:
+    make = lambda rate, layers: kfqn.kbfgs(rate, layers, groups=groups, **options)
+    return Method(make, functools.partial(curvature_step, groups=groups))
+
+
 METHODS: dict[str, Method] = {
     "adam": _first_order(optax.adam),
     "nadamw": _first_order(optax.nadamw),
@@ -85,7 +91,11 @@ METHODS: dict[str, Method] = {
     "muon": _first_order(optax.contrib.muon),  # Adam for what is no matrix
     "lbfgs": Method(lambda rate, layers: optax.lbfgs(), line_search_step, full_batch_only=True),
     "kfac": Method(lambda rate, layers: kfqn.kfac(rate, layers), curvature_step),
-    "kbfgs": Method(lambda rate, layers: kfqn.kbfgs(rate, layers), curvature_step),
+    "kbfgs": _kbfgs(),
+    "kbfgs-groups": _kbfgs(groups=5),
+    "kbfgs-gradients": _kbfgs(start="gradients"),
+    "kbfgs-groups-gradients": _kbfgs(groups=5, start="gradients"),
+    "kbfgs-no-diagonal": _kbfgs(others_decay=None),  # for what belongs to no layer
     "kbfgs_l": Method(lambda rate, layers: kfqn.kbfgs_l(rate, layers), curvature_step),
     "kfqn": Method(lambda rate, layers: kfqn.kfqn(rate, layers), curvature_step),
 }
