@@ -136,7 +136,7 @@ def direction(small):
 
 def factor_updates(small):
     """H x for a few vectors and one or two passes over H: linear in the size of the factors."""
-    return 20 * sum(i * i + o * o for _, i, o in small.sizes)
+    return 24 * sum(i * i + o * o for _, i, o in small.sizes)
 
 
 def near(counted, expected):
