@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+from kfqn_optax.bench._quick import compiler_options
+
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 SECONDS = 300  # for one cell; a notebook takes well under a minute on a free machine
@@ -39,7 +41,8 @@ def test_the_page_is_that_of_the_notebook(name):
 @every_notebook
 @pytest.mark.filterwarnings("default")  # those of the Jupyter client are not ours
 def test_notebook_runs(name, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiling is most of the time
+    flags = (f"--{name}={value}".lower() for name, value in compiler_options().items())
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))  # compiling is most of the time
     notebook = read(name)
     for cell in notebook.cells:  # train for a moment
         cell.source = re.sub(r"epochs=\d+", "epochs=1", cell.source)
