@@ -1,13 +1,14 @@
 """``scale_by_kfqn``: the Kronecker-factored quasi-Newton method as an Optax transformation.
 
-A step, in the order of the functions below: the sides observe the batch (``_observe``), M is scaled to the
-direction (``_precondition``), the step rule says how far to go, the sides that ask for it see the batch
-again at the end of that step (``_second_pass``), and the rule decides how much of it is made (``_review``).
+A step, in order: the sides learn from the batch (``learn``), M is scaled to the direction
+(``_precondition``), the step rule says how far to go, the sides that ask for it see the batch again at the
+end of that step (``_second_pass``), the rule reviews how much of it is made, and what a step left out has
+taught is forgotten (``_remembered``).
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,13 @@ from kfqn_optax._capture.parameters import (
     layers_within,
     set_matrices,
 )
-from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
 from kfqn_optax._divided import check_mesh, divided, gathered, whole
+from kfqn_optax._learning import Sides, learn
 from kfqn_optax._meshes import in_any_mesh
+from kfqn_optax._method import Method
 from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select, wide_dtype
-from kfqn_optax._over_layers import copied, each, inverses
+from kfqn_optax._over_layers import copied, each
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
 from kfqn_optax._state import ScaleByKfqnState, check_state
@@ -37,61 +39,6 @@ from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, never
 from kfqn_optax._usual import UsualState, far, kept, look
 from kfqn_optax._views import homogeneous, of_inputs, of_outputs, view
-
-
-class _Method(NamedTuple):
-    """What the user chose, by layer name where it differs from layer to layer."""
-
-    layers: Layers
-    inputs: dict[str, Side]
-    outputs: dict[str, Side]
-    rule: StepRule
-    probe_step: optax.ScalarOrSchedule
-    damping: optax.ScalarOrSchedule
-    momentum: float
-    update_every: int
-    learn_every: int
-    others_decay: float | None
-    statistics_rows: int | None
-    factor_dtype: Any
-    factor_mesh: jax.sharding.Mesh | None
-    precision: str
-
-    def dtype_of(self, layer: Layer) -> Any:
-        return jnp.promote_types(self.factor_dtype or layer.dtype, jnp.float32)
-
-    @property
-    def of_factors(self) -> bool:
-        return any(side.of_factors for side in (*self.inputs.values(), *self.outputs.values()))
-
-    @property
-    def second_pass(self) -> bool:
-        return any(side.second_pass for side in (*self.inputs.values(), *self.outputs.values()))
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether a batch far from what is usual could do more than its share."""
-        return self.second_pass or not self.without_momentum or not self.rule.wary
-
-    @property
-    def without_momentum(self) -> bool:
-        return isinstance(self.momentum, (int, float)) and self.momentum == 0
-
-
-class _Batch(NamedTuple):
-    """One batch as the sides see it: statistics by layer name, in the factors' dtype."""
-
-    before: dict[str, Statistics]
-    inputs: dict[str, Statistics]
-    outputs: dict[str, Statistics]
-    sampled: ArrayTree | None
-
-
-class _Sides(NamedTuple):
-    """The states of all sides, by layer name, and the damping of each."""
-
-    inputs: dict[str, Any]
-    outputs: dict[str, Any]
 
 
 def scale_by_kfqn(
@@ -169,7 +116,7 @@ def scale_by_kfqn(
     check_precision(precision)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
-    method = _Method(
+    method = Method(
         layers,
         inputs={layer.name: input_side(layer) for layer in layers},
         outputs={layer.name: output_side(layer) for layer in layers},
@@ -202,7 +149,7 @@ def scale_by_kfqn(
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
         usual, sane = look(state.usual, curvature, updates, sane, method.leaves_out)
-        sides, rest, batch, dampings = _learn(method, present, state, updates, curvature, damping, sane)
+        sides, rest, batch, dampings = learn(method, present, state, updates, curvature, damping, sane)
         with jax.default_matmul_precision(precision):
             average = _average(method, state, updates, sane)
             direction = _precondition(present, method, sides, rest, average, damping)
@@ -249,7 +196,7 @@ def scale_by_kfqn(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
+def _init(method: Method, params: ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
     rest = others.paths(present, params)
@@ -267,24 +214,24 @@ def _init(method: _Method, params: ArrayTree) -> ScaleByKfqnState:
     )
 
 
-def _input_states(method: _Method, present: Layers) -> dict[str, Any]:
+def _input_states(method: Method, present: Layers) -> dict[str, Any]:
     new = lambda layer: method.inputs[layer.name].init(layer.rows, method.dtype_of(layer))
     return {layer.name: copied(layer, new(layer)) for layer in present}
 
 
-def _output_states(method: _Method, present: Layers) -> dict[str, Any]:
+def _output_states(method: Method, present: Layers) -> dict[str, Any]:
     new = lambda layer: method.outputs[layer.name].init(layer.out_dim, method.dtype_of(layer))
     return {layer.name: copied(layer, new(layer)) for layer in present}
 
 
-def _divided(method: _Method, present: Layers, states: dict[str, Any]) -> dict[str, Any]:
+def _divided(method: Method, present: Layers, states: dict[str, Any]) -> dict[str, Any]:
     """The states of sides as they are kept."""
     return {
         layer.name: divided(states[layer.name], len(layer.copies), method.factor_mesh) for layer in present
     }
 
 
-def _whole(method: _Method, present: Layers, state: ScaleByKfqnState) -> ScaleByKfqnState:
+def _whole(method: Method, present: Layers, state: ScaleByKfqnState) -> ScaleByKfqnState:
     """The state with those of the sides as they work on them."""
     if method.factor_mesh is None:
         return state
@@ -295,56 +242,7 @@ def _whole(method: _Method, present: Layers, state: ScaleByKfqnState) -> ScaleBy
     return state._replace(inputs=inputs, outputs=outputs)
 
 
-def _learn(
-    method: _Method,
-    present: Layers,
-    state: ScaleByKfqnState,
-    grads: ArrayTree,
-    curvature: Curvature,
-    damping: jax.Array,
-    sane: jax.Array,
-) -> tuple[_Sides, Any, _Batch | None, _Sides | None]:
-    """The sides after they saw the batch, if it is one that they are to see, and what they were shown."""
-
-    def look():
-        batch = _batch(method, present, curvature, sane)
-        with jax.default_matmul_precision(method.precision):
-            dampings = _split(method, present, state, batch, damping)
-            sides, rest = _observe(method, present, state, grads, batch, dampings, curvature, sane)
-        return sides, rest, batch, dampings
-
-    if method.second_pass or (isinstance(method.learn_every, int) and method.learn_every == 1):
-        return look()
-    made = state.count - state.rejected
-    due = (made < LEARN_AT_FIRST) | (made % method.learn_every == 0)
-    unseen = _Sides(state.inputs, state.outputs), state.others
-    return *jax.lax.cond(due, lambda: look()[:2], lambda: unseen), None, None
-
-
-LEARN_AT_FIRST = 30
-
-
-def _batch(method: _Method, present: Layers, curvature: Curvature, sane: jax.Array) -> _Batch:
-    """What the sides see of the batch; one with a bad gradient is one that no layer saw."""
-
-    def seen(statistics):
-        found = view(present, statistics, method.dtype_of)
-        return {name: s._replace(rows=jnp.where(sane, s.rows, 0)) for name, s in found.items()}
-
-    before = seen(curvature.statistics)
-    if not method.of_factors:
-        return _Batch(before, of_inputs(before), of_outputs(before), None)
-    statistics, sampled = curvature.factors(rows=method.statistics_rows)
-    of_factors = seen(statistics)
-
-    def chosen(sides):
-        return {name: of_factors[name] if sides[name].of_factors else before[name] for name in before}
-
-    inputs, outputs = of_inputs(chosen(method.inputs)), of_outputs(chosen(method.outputs))
-    return _Batch(before, inputs, outputs, sampled)
-
-
-def _average(method: _Method, state: ScaleByKfqnState, grads: ArrayTree, sane: jax.Array):
+def _average(method: Method, state: ScaleByKfqnState, grads: ArrayTree, sane: jax.Array):
     """M; with momentum, without a gradient that is not finite."""
     if method.without_momentum:
         return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
@@ -352,84 +250,10 @@ def _average(method: _Method, state: ScaleByKfqnState, grads: ArrayTree, sane: j
     return select(sane, average, state.momentum)
 
 
-def _split(
-    method: _Method, present: Layers, state: ScaleByKfqnState, batch: _Batch, damping: jax.Array
-) -> _Sides:
-    """l_A and l_G of each layer, with l_A l_G = damping."""
-    root = jnp.sqrt(damping)
-    both = [
-        layer for layer in present if method.inputs[layer.name].scale and method.outputs[layer.name].scale
-    ]
-    knowing = Layers(tuple(both), (), "")
-    of_inputs = each(knowing, method.inputs, "scale", state.inputs, batch.inputs)
-    of_outputs = each(knowing, method.outputs, "scale", state.outputs, batch.outputs)
-    l_a, l_g = {}, {}
-    for layer in present:
-        if layer.name in of_inputs:
-            ratio = safe_divide(of_inputs[layer.name], of_outputs[layer.name])
-            pi = jnp.sqrt(jnp.clip(jnp.where(ratio > 0, ratio, 1), *PI_RANGE))
-        else:
-            pi = jnp.full(layer.copies, layer.positions**-0.5)
-        dtype = method.dtype_of(layer)
-        l_a[layer.name] = jnp.asarray(root * pi, dtype)
-        l_g[layer.name] = jnp.asarray(root / pi, dtype)
-    return _Sides(l_a, l_g)
-
-
-def _observe(
-    method: _Method,
-    present: Layers,
-    state: ScaleByKfqnState,
-    grads: ArrayTree,
-    batch: _Batch,
-    dampings: _Sides,
-    curvature: Curvature,
-    sane: jax.Array,
-) -> tuple[_Sides, others.OthersState | tuple[()]]:
-    """All sides, and what belongs to no layer, after they saw the batch and before the step."""
-    inputs = each(present, method.inputs, "observe", state.inputs, batch.inputs, dampings.inputs)
-    outputs = each(present, method.outputs, "observe", state.outputs, batch.outputs, dampings.outputs)
-    sides = _start(method, present, _Sides(inputs, outputs), dampings, sane)
-    if not isinstance(state.others, others.OthersState):
-        return sides, ()
-    examples = curvature.examples
-    if examples is None:
-        examples = max_rows(present, batch.before)
-    examples = examples * curvature.devices
-    decay = 0.0 if method.others_decay is None else method.others_decay
-    rest = others.observe(state.others, present, grads, batch.sampled, examples, sane, decay)
-    return sides, rest
-
-
-def _start(method: _Method, present: Layers, sides: _Sides, dampings: _Sides, sane: jax.Array) -> _Sides:
-    """Start the sides that can start now; rare, so all of it is under one condition."""
-    of_inputs, of_outputs = (
-        Layers(tuple(layer for layer in present if chosen[layer.name].matrix is not None), (), "")
-        for chosen in (method.inputs, method.outputs)
-    )
-    if not of_inputs.found and not of_outputs.found:
-        return sides
-
-    def start(sides):
-        a = each(of_inputs, method.inputs, "matrix", sides.inputs, dampings.inputs)
-        g = each(of_outputs, method.outputs, "matrix", sides.outputs, dampings.outputs)
-        a, g = inverses((a, g), method.factor_mesh)
-        inputs = each(of_inputs, method.inputs, "start", sides.inputs, a)
-        outputs = each(of_outputs, method.outputs, "start", sides.outputs, g)
-        return _Sides(sides.inputs | inputs, sides.outputs | outputs)
-
-    waiting = (
-        each(of_inputs, method.inputs, "starting", sides.inputs),
-        each(of_outputs, method.outputs, "starting", sides.outputs),
-    )
-    due = jnp.stack([flag.any() for flag in jax.tree.leaves(waiting)]).any()
-    return jax.lax.cond(due & sane, start, lambda sides: sides, sides)
-
-
 def _precondition(
     present: Layers,
-    method: _Method,
-    sides: _Sides,
+    method: Method,
+    sides: Sides,
     rest: others.OthersState | tuple[()],
     average: ArrayTree,
     damping: jax.Array,
@@ -453,15 +277,15 @@ def _precondition(
 
 
 def _second_pass(
-    method: _Method,
+    method: Method,
     present: Layers,
     state: ScaleByKfqnState,
-    sides: _Sides,
+    sides: Sides,
     batch: Any,
     dampings: Any,
     curvature: Curvature,
     update: ArrayTree,
-) -> tuple[_Sides, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Sides, jax.Array, jax.Array, jax.Array]:
     """The sides after they saw the batch at the end of the step, the loss there, whether it is known, and
     whether what was measured there is finite."""
     value_dtype = jnp.asarray(curvature.value)
@@ -482,7 +306,7 @@ def _second_pass(
             )
         measured = [(x.preactivations, x.preactivation_grads) for x in after.values()]
         finite = all_finite(measured) & jnp.isfinite(end.value)
-        return _Sides(inputs, outputs), end.value, jnp.asarray(True), finite
+        return Sides(inputs, outputs), end.value, jnp.asarray(True), finite
 
     def pass_by(sides):
         unknown = jnp.full_like(value_dtype, jnp.nan)
@@ -500,29 +324,20 @@ def _second_pass(
 
 
 def _remembered(
-    method: _Method,
+    method: Method,
     state: ScaleByKfqnState,
     average: ArrayTree,
-    sides: _Sides,
+    sides: Sides,
     rest: others.OthersState | tuple[()],
     accept: jax.Array,
     sane: jax.Array,
-) -> tuple[ArrayTree, _Sides, others.OthersState | tuple[()]]:
+) -> tuple[ArrayTree, Sides, others.OthersState | tuple[()]]:
     """Momentum, sides and others as they are kept: those before, if the step is left out."""
     learnt = (() if method.without_momentum else average, sides, rest)
-    before = (state.momentum, _Sides(state.inputs, state.outputs), state.others)
+    before = (state.momentum, Sides(state.inputs, state.outputs), state.others)
     if method.second_pass:
         return select(accept, learnt, before)
     return select(sane, learnt[0], before[0]), *learnt[1:]  # sides saw no batch that is not sane
-
-
-PI_RANGE = (1e-12, 1e12)
-
-
-def max_rows(layers: Layers, statistics: dict[str, Statistics]) -> jax.Array:
-    """The number of examples of the batch as far as the layers know it."""
-    rows = [statistics[layer.name].rows.max() / layer.positions for layer in layers]
-    return functools.reduce(jnp.maximum, rows)
 
 
 def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:

@@ -31,7 +31,11 @@ ROOMS = {  # what the files of each folder may import of the package, besides th
     "_usual": {"_capture", "_steps", "_numerics"},
     "_state": {"_sides", "_usual"},
     "_views": {"_capture"},
+    "_method": {"_capture", "_sides", "_steps"},
+    "_learning": {"_capture", "_sides", "_method", "_numerics", "_over_layers", "_state", "_views"},
     "_transform": {
+        "_method",
+        "_learning",
         "_over_layers",
         "_usual",
         "_state",

@@ -1,6 +1,5 @@
 """A batch split along a named axis trains as the whole of it does, and the replicas stay the same."""
 
-import os
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from test_conformance import every_variant
 
 import kfqn_optax as kfqn
 from kfqn_optax.bench._quick import quick_jit
+from kfqn_optax.bench._simulated import simulated
 
 PARTS, ROWS = 4, 24
 X = np.random.default_rng(0).normal(size=(ROWS, 3))
@@ -166,8 +166,5 @@ else:
 
 
 def test_shard_map_over_four_devices():
-    environment = dict(
-        os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
-    )
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=simulated(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

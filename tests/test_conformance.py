@@ -5,7 +5,6 @@ dtypes is checked for all of them by tracing alone; values inside wrappers are c
 """
 
 import functools
-import os
 import pathlib
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 
 import kfqn_optax as kfqn
 from kfqn_optax.bench._quick import quick_jit
+from kfqn_optax.bench._simulated import simulated
 
 METHODS = {
     "kbfgs": kfqn.kbfgs,
@@ -576,13 +576,10 @@ DATA_PARALLEL = """
 
 def test_data_parallel_training_is_the_same_as_on_one_device():
     program = textwrap.dedent(DATA_PARALLEL).replace("METHOD", "t.kfqn.kbfgs")
-    environment = dict(
-        os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
-    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=pathlib.Path(__file__).parent,
-        env=environment,
+        env=simulated(4),
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """What needs several devices or processes: the CPU is made to look like them."""
 
-import os
 import pathlib
 import socket
 import subprocess
@@ -8,15 +7,15 @@ import sys
 
 import numpy as np
 
+from kfqn_optax.bench._simulated import simulated
+
 HERE = pathlib.Path(__file__).parent
 MANY_HOSTS = HERE.parent / "docs" / "many_hosts.py"
 
 
 def start(*command, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = dict(os.environ, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes)
+    return subprocess.Popen([sys.executable, *map(str, command)], env=simulated(devices), **pipes)
 
 
 def output(process):

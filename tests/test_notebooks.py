@@ -7,7 +7,7 @@ import nbclient
 import nbformat
 import pytest
 
-from kfqn_optax.bench._quick import compiler_options
+from kfqn_optax.bench._quick import quick_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -41,8 +41,7 @@ def test_the_page_is_that_of_the_notebook(name):
 @every_notebook
 @pytest.mark.filterwarnings("default")  # those of the Jupyter client are not ours
 def test_notebook_runs(name, monkeypatch):
-    flags = (f"--{name}={value}".lower() for name, value in compiler_options().items())
-    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))  # compiling is most of the time
+    monkeypatch.setenv("XLA_FLAGS", quick_flags())  # compiling is most of the time
     notebook = read(name)
     for cell in notebook.cells:  # train for a moment
         cell.source = re.sub(r"epochs=\d+", "epochs=1", cell.source)

@@ -4,8 +4,8 @@ from typing import Any
 
 from kfqn_optax._capture.layers import MAX_DIM, Layers
 from kfqn_optax._capture.linen import find_layers as find_linen_layers
-from kfqn_optax._capture.nnx import find_layers as find_nnx_layers
 from kfqn_optax._capture.nnx import is_model
+from kfqn_optax._capture.nnx_found import find_layers as find_nnx_layers
 from kfqn_optax._constants import check_constants
 
 

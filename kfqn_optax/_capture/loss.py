@@ -13,8 +13,8 @@ from kfqn_optax._capture.examples import count_examples
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.linen import tapping
 from kfqn_optax._capture.nnx import is_model, is_state
-from kfqn_optax._capture.nnx import tapping as nnx_tapping
 from kfqn_optax._capture.nnx_call import ModelCall
+from kfqn_optax._capture.nnx_tap import tapping as nnx_tapping
 from kfqn_optax._capture.parameters import check_parameters
 from kfqn_optax._capture.slot import SLOT
 from kfqn_optax._shown import shown

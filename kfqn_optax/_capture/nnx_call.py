@@ -9,7 +9,8 @@ from flax import nnx
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layers, Path
-from kfqn_optax._capture.nnx import GRAPH, as_arrays, attach, detach
+from kfqn_optax._capture.nnx import GRAPH, as_arrays
+from kfqn_optax._capture.nnx_tap import attach, detach
 from kfqn_optax._capture.reached import Reached
 from kfqn_optax._capture.slot import SLOT, Slot
 from kfqn_optax._shown import shown

@@ -49,7 +49,7 @@ def take_pair(
     gate: jax.Array,
     valid: jax.Array,
     rule: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
-) -> tuple[Any, PairCounts]:
+) -> tuple[Any, PairCounts, jax.Array]:
     """Update a factor with a pair, or leave it as it was, or start it again at I.
 
     The pair is skipped unless s^T y > 0, s^T y > 1e-4 s^T s ||gate||, the new state is finite, and
@@ -64,6 +64,9 @@ def take_pair(
       gate: the vector of the second condition. (d,).
       valid: whether the pair was measured at all.
       rule: damping ``rule(s, y, H y) -> (s, y)``, or None.
+
+    Returns:
+      The state, the counts, and whether H was indefinite.
     """
     s, y = pair
     hy = factor.apply(state, y)
@@ -82,4 +85,4 @@ def take_pair(
         counts=pairs.counts + outcome, ratio=jnp.where(jnp.isfinite(ratio), ratio, pairs.ratio)
     )
     kept = select(indefinite, factor.init(s.shape[0], s.dtype, 1.0), state)
-    return select(take, candidate, kept), pairs
+    return select(take, candidate, kept), pairs, indefinite

@@ -111,7 +111,7 @@ def group_secant(
         y = jnp.where(valid[:, None], ema(state.y, dy, decay), state.y)
 
         def take(carry: tuple[Any, PairCounts], pair: tuple[jax.Array, jax.Array, jax.Array]):
-            taken = take_pair(
+            factor, counts, _ = take_pair(
                 _bfgs.bfgs,
                 *carry,
                 pair[:2],
@@ -119,7 +119,7 @@ def group_secant(
                 valid=pair[2],
                 rule=lambda s, y, hy: rule(s, y, hy, mu1, damping),
             )
-            return taken, None
+            return (factor, counts), None
 
         (factor, pairs), _ = jax.lax.scan(take, (state.factor, state.pairs), (s, y, valid))
         return state._replace(s=s, y=y, factor=factor, pairs=pairs)

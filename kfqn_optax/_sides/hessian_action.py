@@ -36,8 +36,8 @@ def hessian_action(decay: float) -> Side:
     s = H_a a_bar,  y = (A + l_A I) s,  gate a_bar,
 
     where A <- decay A + (1 - decay) E[a a^T]. The first batch starts A, unless a warm start gave it:
-    then the first batch is left out, as in the authors' program. Where a_bar^T H_a a_bar < 0 rounding has
-    made H_a indefinite: in the next step it is the inverse again.
+    then the first batch is left out, as in the authors' program. Where rounding has made
+    H_a indefinite, it is the inverse again in the next step.
 
     Args:
       decay: rate of the average.
@@ -87,9 +87,8 @@ def hessian_action(decay: float) -> Side:
         s = state.factor @ before.inputs
         y = state.second_moment @ s + damping * s
         valid = (before.rows > 0) & (state.phase == RUNNING)
-        indefinite = valid & (before.inputs @ s < 0)
-        factor, pairs = take_pair(
-            _bfgs.bfgs, state.factor, state.pairs, (s, y), gate=before.inputs, valid=valid & ~indefinite
+        factor, pairs, indefinite = take_pair(
+            _bfgs.bfgs, state.factor, state.pairs, (s, y), gate=before.inputs, valid=valid
         )
         phase = jnp.where(indefinite, GIVEN, state.phase)
         return state._replace(factor=factor, phase=phase, pairs=pairs)

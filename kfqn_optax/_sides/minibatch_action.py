@@ -31,7 +31,7 @@ def minibatch_action(factor: InverseFactor) -> Side:
 
     A s comes from the second pass, where s is known, at a cost linear in the width. H_a starts as a
     multiple of I, the inverse of the mean diagonal element of A + l_A I on the first batch, and starts
-    again where a_bar^T H_a a_bar < 0, which only rounding makes of it.
+    again where rounding has made it indefinite.
 
     Args:
       factor: the inverse factor, for example ``bfgs``, or ``lbfgs(memory)`` for a long side.
@@ -67,9 +67,8 @@ def minibatch_action(factor: InverseFactor) -> Side:
         s = query(state, before)
         y = after.product + damping * s
         valid = (before.rows > 0) & (after.rows > 0) & state.started & all_finite(y)
-        indefinite = valid & (before.inputs @ s < 0)
-        new, pairs = take_pair(
-            factor, state.factor, state.pairs, (s, y), gate=before.inputs, valid=valid & ~indefinite
+        new, pairs, indefinite = take_pair(
+            factor, state.factor, state.pairs, (s, y), gate=before.inputs, valid=valid
         )
         return state._replace(factor=new, started=state.started & ~indefinite, pairs=pairs)
 

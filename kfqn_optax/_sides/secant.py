@@ -68,7 +68,7 @@ def secant(factor: InverseFactor, rule: DampingRule, decay: float, mu1: float) -
         valid = all_finite((ds, dy)) & (before.rows > 0) & (after.rows > 0)
         s = jnp.where(valid, ema(state.s, ds, decay), state.s)
         y = jnp.where(valid, ema(state.y, dy, decay), state.y)
-        new, pairs = take_pair(
+        new, pairs, _ = take_pair(
             factor,
             state.factor,
             state.pairs,

@@ -223,7 +223,7 @@ def test_double_damping_on_its_thresholds_is_finite(rng):
 
 def offer(s, y, gate, h=None, valid=True, rule=None):
     h = np.eye(len(s)) if h is None else h
-    new, counted = take_pair(
+    new, counted, _ = take_pair(
         kfqn.bfgs,
         jnp.asarray(h),
         no_pairs(jnp.float64),

@@ -129,18 +129,21 @@ def loss_fn(params, x, y, scale):
     return scale * jnp.mean(jnp.sum((z - y) ** 2, axis=1))
 
 
-def dense(factor: Any) -> jax.Array:
-    """A factor as a matrix; of limited memory, what it does to I."""
-    return (
-        lbfgs.apply(factor, jnp.eye(factor.s.shape[-1])) if isinstance(factor, lbfgs.LbfgsState) else factor
-    )
+def factors(state: Any) -> list[np.ndarray]:
+    """All factors as matrices; of limited memory, what it does to I."""
+
+    def dense(factor: Any) -> np.ndarray:
+        if isinstance(factor, lbfgs.LbfgsState):
+            factor = lbfgs.apply(factor, jnp.eye(factor.s.shape[-1]))
+        return np.asarray(factor, np.float64)
+
+    return [dense(side.factor) for side in (*state[0].inputs.values(), *state[0].outputs.values())]
 
 
 def smallest_eigenvalue(state: Any) -> float:
     """Of any factor's symmetric part, over its largest; -inf if one is not finite."""
     least = np.inf
-    for side in (*state[0].inputs.values(), *state[0].outputs.values()):
-        matrix = np.asarray(dense(side.factor), np.float64)
+    for matrix in factors(state):
         if not np.isfinite(matrix).all():
             return -np.inf
         values = np.linalg.eigvalsh((matrix + matrix.T) / 2)

@@ -1,7 +1,6 @@
 """The command: one row a method, and exit status 1 if a run that was killed is another one."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,6 +19,7 @@ from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._faults.run import METHODS
 from kfqn_optax.bench._options import Parser, known, positive
 from kfqn_optax.bench._resume.trainer import LAST
+from kfqn_optax.bench._simulated import simulated
 from kfqn_optax.bench._suite.table import print_table
 
 DEVICES, MOST_STEPS, MORE, ROUNDING = 4, 40, 20, 1e-9
@@ -99,7 +99,11 @@ def _train(folder: Path, method: str, steps: int, devices: int = 1, until: int |
     """Train in a process, which is killed at a moment after its step ``until``, and count its steps."""
     asked = json.dumps({"folder": str(folder), "method": method, "steps": steps})
     command = [sys.executable, "-m", "kfqn_optax.bench._resume.trainer", asked]
-    environment = _environment(folder.parent / "compiled", devices)
+    environment = simulated(devices) | {
+        "JAX_ENABLE_X64": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     made = 0
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -109,18 +113,6 @@ def _train(folder: Path, method: str, steps: int, devices: int = 1, until: int |
     if process.returncode != (0 if until is None else -signal.SIGKILL):
         raise UserError(f"{method}: the process that trains ended with {process.returncode}; see above")
     return made
-
-
-def _environment(compiled: Path, devices: int) -> dict[str, str]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return dict(
-        os.environ,
-        XLA_FLAGS=flags.strip(),
-        JAX_PLATFORMS="cpu",
-        JAX_ENABLE_X64="1",
-        JAX_COMPILATION_CACHE_DIR=str(compiled),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-    )
 
 
 def _table(rows: Sequence[Row]) -> rich.table.Table:

@@ -1,7 +1,6 @@
 """What a step of one method costs on networks of one size."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._profile.methods import ADAM, PROFILED
 from kfqn_optax.bench._profile.step import Timed, step_of, take_turns
 from kfqn_optax.bench._scale.network import Size, task_of
+from kfqn_optax.bench._simulated import simulated
 
 
 class Cost(NamedTuple):
@@ -60,7 +60,7 @@ def costs_on_devices(devices: int, size: Size, steps: int) -> list[Cost]:
     asked = json.dumps({"devices": devices, "size": size._asdict(), "steps": steps})
     done = subprocess.run(
         [sys.executable, "-m", "kfqn_optax.bench._scale.on_devices", asked],
-        env=_environment(devices),
+        env=simulated(devices),
         capture_output=True,
         text=True,
     )
@@ -68,8 +68,3 @@ def costs_on_devices(devices: int, size: Size, steps: int) -> list[Cost]:
         raise UserError(f"{devices} simulated devices: {done.stderr.strip().splitlines()[-1:]}")
     records: list[Mapping[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return [Cost(**record) for record in records]
-
-
-def _environment(devices: int) -> dict[str, str]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    return dict(os.environ, XLA_FLAGS=flags.strip(), JAX_PLATFORMS="cpu")

@@ -9,7 +9,16 @@ import numpy as np
 import optax
 
 import kfqn_optax as kfqn
-from kfqn_optax.bench._faults.run import BATCH, EXAMPLES, METHODS, MODEL, data, dense, loss_fn
+from kfqn_optax.bench._faults.run import (
+    BATCH,
+    EXAMPLES,
+    METHODS,
+    MODEL,
+    data,
+    factors,
+    loss_fn,
+    smallest_eigenvalue,
+)
 
 
 class Soak(NamedTuple):
@@ -49,10 +58,8 @@ def soak(method: str, steps: int, chunk: int, jit: Callable[..., Any] = jax.jit)
         if not finite:
             break
         largest = max(largest, *(np.abs(leaf).max(initial=0) for leaf in numbers))
-        for matrix in _factors(state):
-            asymmetry = max(asymmetry, np.abs(matrix - matrix.T).max() / np.abs(matrix).max())
-            values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
-            positive = min(positive, values[0] / values[-1])
+        positive = min(positive, smallest_eigenvalue(state))
+        asymmetry = max(asymmetry, *(np.abs(m - m.T).max() / np.abs(m).max() for m in factors(state)))
     return Soak(
         method,
         len(losses) * chunk,
@@ -85,8 +92,3 @@ def _trainer(method: str, chunk: int, jit: Callable[..., Any]) -> tuple[Any, Any
         return params, state, losses.mean()
 
     return params, tx.init(params), jit(train)
-
-
-def _factors(state: Any) -> list[np.ndarray]:
-    sides = (*state[0].inputs.values(), *state[0].outputs.values())
-    return [np.asarray(dense(side.factor), np.float64) for side in sides]

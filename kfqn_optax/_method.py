@@ -1,0 +1,50 @@
+"""What the user of ``scale_by_kfqn`` chose."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfqn_optax._capture.layers import Layer, Layers
+from kfqn_optax._sides.side import Side
+from kfqn_optax._steps.rule import StepRule
+
+
+class Method(NamedTuple):
+    """What the user chose, by layer name where it differs from layer to layer."""
+
+    layers: Layers
+    inputs: dict[str, Side]
+    outputs: dict[str, Side]
+    rule: StepRule
+    probe_step: optax.ScalarOrSchedule
+    damping: optax.ScalarOrSchedule
+    momentum: float
+    update_every: int
+    learn_every: int
+    others_decay: float | None
+    statistics_rows: int | None
+    factor_dtype: Any
+    factor_mesh: jax.sharding.Mesh | None
+    precision: str
+
+    def dtype_of(self, layer: Layer) -> Any:
+        return jnp.promote_types(self.factor_dtype or layer.dtype, jnp.float32)
+
+    @property
+    def of_factors(self) -> bool:
+        return any(side.of_factors for side in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def second_pass(self) -> bool:
+        return any(side.second_pass for side in (*self.inputs.values(), *self.outputs.values()))
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a batch far from what is usual could do more than its share."""
+        return self.second_pass or not self.without_momentum or not self.rule.wary
+
+    @property
+    def without_momentum(self) -> bool:
+        return isinstance(self.momentum, (int, float)) and self.momentum == 0
