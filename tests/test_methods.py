@@ -13,7 +13,7 @@ import pytest
 import zoo
 
 import kfqn_optax as kfqn
-from kfqn_optax import _transform
+from kfqn_optax import _learning
 from kfqn_optax.bench._quick import quick_jit
 
 
@@ -260,7 +260,7 @@ def test_kfac_averages_the_fisher_factors_and_inverts_on_schedule(float64, rng, 
 
     The loss marks nothing, so that G is the covariance of the gradients.
     """
-    monkeypatch.setattr(_transform, "LEARN_AT_FIRST", 3)
+    monkeypatch.setattr(_learning, "LEARN_AT_FIRST", 3)
     model, damping = zoo.Mlp(param_dtype=jnp.float64), 0.04
     batches = [(jnp.asarray(x), jnp.asarray(rng.integers(2, size=6))) for x in rng.normal(size=(8, 6, 4))]
     params = zoo.randomise(model.init(jax.random.key(0), batches[0][0]))["params"]

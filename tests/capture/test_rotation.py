@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax import _transform
+from kfqn_optax import _learning
 from kfqn_optax._capture.curvature import STRIDE
 from kfqn_optax._capture.examples import take
 from kfqn_optax.bench._quick import quick_jit
@@ -52,7 +52,7 @@ def test_forms_and_factors_are_of_other_parts_at_each_count():
 
 
 def test_factors_are_made_of_the_first_batches_and_then_of_every_third(monkeypatch):
-    monkeypatch.setattr(_transform, "LEARN_AT_FIRST", 3)
+    monkeypatch.setattr(_learning, "LEARN_AT_FIRST", 3)
     value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=1)
     tx = kfqn.kfac(1.0, layers, inverse_every=3)
 
