@@ -11,10 +11,12 @@ from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._faults.command import faults
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import parse_options
-from kfqn_optax.bench._plot import require_matplotlib, save_plot
+from kfqn_optax.bench._output.figure import require_matplotlib
+from kfqn_optax.bench._output.table import print_table
+from kfqn_optax.bench._plot import save_plot
 from kfqn_optax.bench._problems import PROBLEMS
 from kfqn_optax.bench._profile.command import profile
-from kfqn_optax.bench._report import print_table, save_json
+from kfqn_optax.bench._report import results_table, save_json
 from kfqn_optax.bench._resume.command import resume
 from kfqn_optax.bench._scale.command import scale
 from kfqn_optax.bench._soak.command import run_soak
@@ -80,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(runs: list[Run], options: argparse.Namespace, title: str) -> None:
-    print_table(runs, title, options.target)
+    print_table(results_table(runs, title, options.target))
     save_json(runs, vars(options), options.out / f"{options.problem}.json")
     save_plot(runs, title, options.out / f"{options.problem}.png")
     print(f"saved {options.problem}.json and {options.problem}.png in {options.out}")

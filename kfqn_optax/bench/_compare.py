@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
-import rich.console
-import rich.progress as bars
+from rich.progress import TaskID
 
 from kfqn_optax.bench._datasets import Dataset
 from kfqn_optax.bench._methods import METHODS, SETTINGS
+from kfqn_optax.bench._output.progress import progress_bars
 from kfqn_optax.bench._problems import Problem
 from kfqn_optax.bench._train import Budget, Run, compile_method, train_method
 
@@ -29,41 +29,33 @@ def compare(
     interrupt too.
     """
     train, test = jnp.asarray(dataset.train), jnp.asarray(dataset.test)
-    with _progress() as progress:
-        trials = [(name, rate) for name, rates in learning_rates.items() for rate in rates]
+    trials = [(name, rate) for name, rates in learning_rates.items() for rate in rates]
+    with progress_bars() as progress:
         total = progress.add_task("all runs", total=len(trials) * len(seeds))
         for name, learning_rate in trials:
-            task = progress.add_task(f"{name}: compiling", total=1.0)
+            bar = progress.add_task(f"{name}: compiling", total=None)  # a bar that moves, and its time
             recipe = METHODS[name].build(problem, learning_rate, SETTINGS[setting])
             program = compile_method(problem, recipe, train, test, batch_size)
+            took = f"{name}: compiled in {program.compile_seconds:.1f} s"
+            progress.update(bar, total=1.0, completed=1.0, description=took)
             for seed in seeds:
                 run = Run(name, seed, learning_rate, program.steps_per_epoch, program.compile_seconds)
+                done = len(runs)
                 runs.append(run)
+                bar = progress.add_task("", total=1.0)
 
-                def show(run: Run, task: bars.TaskID = task) -> None:
+                def show(run: Run, bar: TaskID = bar, done: int = done) -> None:
                     share = min(budget.share_used(run), 1.0)
-                    progress.update(task, completed=share, description=_describe(run))
+                    progress.update(bar, completed=share, description=_describe(run))
+                    progress.update(total, completed=done + share)
 
                 show(run)
                 train_method(program, run, budget, on_step=show)
-                progress.update(total, advance=1)
-            progress.update(task, completed=1.0)
-
-
-def _progress() -> bars.Progress:
-    """On stderr, so that what is piped from stdout is the table alone."""
-    return bars.Progress(
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.TaskProgressColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-        console=rich.console.Console(stderr=True),
-    )
+                show(run)  # with the last losses, those of the table
 
 
 def _describe(run: Run) -> str:
-    loss = f", train loss {run.history[-1].train_loss:.4g}" if run.history else ""
+    loss = f", train loss {run.history[-1].train_loss:.2f}" if run.history else ""
     if run.diverged_epoch is not None:
         loss = ", diverged"
     return f"{run.method} seed {run.seed}: epoch {run.epochs:.1f}{loss}"

@@ -1,25 +1,22 @@
 """The results as a table and as JSON. Several seeds are shown as the median over [least, most]."""
 
-import importlib.metadata
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import rich.box
-import rich.console
 import rich.table
 
+from kfqn_optax.bench._output.environment import environment
+from kfqn_optax.bench._output.record import write_json
+from kfqn_optax.bench._output.table import spread
 from kfqn_optax.bench._train import Run
 
-_WIDTH = 160  # of the table where stdout is no terminal
 
-
-def print_table(runs: Sequence[Run], title: str, target: float | None) -> None:
-    """Print one row for each method and learning rate. A diverged run counts as an infinite loss."""
+def results_table(runs: Sequence[Run], title: str, target: float | None) -> rich.table.Table:
+    """One row for each method and learning rate. A diverged run counts as an infinite loss."""
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     columns = _columns(runs, target)
     for heading in columns:
@@ -28,10 +25,7 @@ def print_table(runs: Sequence[Run], title: str, target: float | None) -> None:
     for trial in dict.fromkeys((run.method, run.learning_rate) for run in runs):
         group = [run for run in runs if (run.method, run.learning_rate) == trial]
         table.add_row(*(cell(group) for cell in columns.values()))
-    console = rich.console.Console(markup=False)  # a cell may hold [brackets]
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(table)
+    return table
 
 
 def _columns(runs: Sequence[Run], target: float | None) -> dict[str, Callable[[list[Run]], str]]:
@@ -40,12 +34,12 @@ def _columns(runs: Sequence[Run], target: float | None) -> dict[str, Callable[[l
     columns: dict[str, Callable[[list[Run]], str]] = {
         "method": lambda group: group[0].method,
         "learning rate": lambda group: f"{group[0].learning_rate:g}",
-        "epochs": lambda group: _spread((run.epochs for run in group), ".4g"),
-        "train loss": lambda group: _spread(map(_final_train, group), ".2f", "diverged"),
-        "test loss": lambda group: _spread(map(_final_test, group), ".2f", "diverged"),
-        "s/step": lambda group: _spread((run.seconds_per_step for run in group), ".4f"),
-        "x Adam": lambda group: _spread((run.seconds_per_step / adam for run in group), ".2f"),
-        "train s": lambda group: _spread((run.seconds for run in group), ".1f"),
+        "epochs": lambda group: spread((run.epochs for run in group), ".4g"),
+        "train loss": lambda group: spread(map(_final_train, group), ".2f", "diverged"),
+        "test loss": lambda group: spread(map(_final_test, group), ".2f", "diverged"),
+        "s/step": lambda group: spread((run.seconds_per_step for run in group), ".4f"),
+        "x Adam": lambda group: spread((run.seconds_per_step / adam for run in group), ".2f"),
+        "train s": lambda group: spread((run.seconds for run in group), ".1f"),
         "compile s": lambda group: f"{group[0].compile_seconds:.1f}",
     }
     if target is not None:
@@ -76,21 +70,7 @@ def _final(run: Run, loss: Callable[[], float]) -> float:
 
 
 def _to_target(group: list[Run], value: Callable[[Run], float], spec: str) -> str:
-    return _spread((value(run) if run.reached_target else math.inf for run in group), spec, "not reached")
-
-
-def _spread(values: Iterable[float], spec: str, infinite: str = "inf") -> str:
-    """Median, and below it [least, most] where values differ; nan (unknown) is left out."""
-
-    def show(value: float) -> str:
-        return infinite if math.isinf(value) else format(value, spec)
-
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return "-"
-    if len(set(known)) == 1:
-        return show(known[0])
-    return f"{show(statistics.median(known))}\n[{show(min(known))}, {show(max(known))}]"
+    return spread((value(run) if run.reached_target else math.inf for run in group), spec, "not reached")
 
 
 def _remark(run: Run) -> str:
@@ -100,14 +80,9 @@ def _remark(run: Run) -> str:
 
 
 def save_json(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> None:
-    """Write the settings, the versions and every run with its history."""
-    content = {
-        "settings": settings,
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
-        "device": str(jax.devices()[0].device_kind),
-        "runs": [_as_dict(run) for run in runs],
-    }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
+    """Write the settings, what the runs were made with, and every run with its history."""
+    records = [_as_dict(run) for run in runs]
+    write_json({"settings": settings, "environment": environment(), "runs": records}, path)
 
 
 def _as_dict(run: Run) -> dict[str, Any]:

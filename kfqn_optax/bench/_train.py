@@ -1,9 +1,9 @@
 """Train one method from one seed, on the clock.
 
-The clock runs only while parameters are being trained, warm start included: each step is waited
-for, so that what it counts is work done. Compiling is done ahead, once for a method, and timed
-on its own; the full losses are evaluated between epochs and not timed. The images are put on
-the device once and a batch is gathered from them by index inside the compiled step.
+The clock runs only while parameters are being trained, warm start included: each step is waited for, so
+that what it counts is work done. Compiling is done ahead, once for a method, and timed on its own. The full
+losses are evaluated off the clock: after each epoch, and every few seconds in longer ones. The images are
+put on the device once and a batch is gathered from them by index inside the compiled step.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from kfqn_optax.bench._methods import Recipe
 from kfqn_optax.bench._models import Tree, l2_term
 from kfqn_optax.bench._problems import Problem
 
+_SECONDS_BETWEEN = 3.0  # evaluations, at most, where an epoch is longer
 _EVALUATED_AT_ONCE = 1_000  # images: bounds the memory that evaluation takes
 
 
@@ -138,6 +139,10 @@ def train_method(program: Program, run: Run, budget: Budget, on_step: Callable[[
     while budget.share_used(run) < 1:
         order = program.shuffled_epoch(rng)
         for index in range(program.steps_per_epoch):
+            if run.history and run.seconds >= run.history[-1].seconds + _SECONDS_BETWEEN:
+                _evaluate(program, run, budget, params)
+                if budget.share_used(run) >= 1:
+                    break
             begin = time.perf_counter()
             params, opt_state, loss = jax.block_until_ready(
                 program.step(params, opt_state, program.train, order, index)
@@ -154,7 +159,9 @@ def train_method(program: Program, run: Run, budget: Budget, on_step: Callable[[
 
 
 def _evaluate(program: Program, run: Run, budget: Budget, params: Tree) -> None:
-    """Add the full losses to the history, unless the run diverged or turns out to have."""
+    """Add the full losses to the history, unless they are there or the run diverged."""
+    if run.history and run.history[-1].epochs == run.epochs:
+        return
     losses = _full_losses(program.problem, params, program.train, program.test)
     point = Point(run.epochs, run.seconds, *map(float, losses))
     exploded = bool(run.history) and point.train_loss > 10 * run.history[0].train_loss

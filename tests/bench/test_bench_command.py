@@ -5,9 +5,9 @@ import sys
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax.bench import _plot
 from kfqn_optax.bench.__main__ import main
 from kfqn_optax.bench._methods import COMPARED, METHODS, SETTINGS, Method, Recipe, learning_rate
+from kfqn_optax.bench._output import figure
 
 
 def run(tmp_path, *arguments: str) -> int:
@@ -171,7 +171,7 @@ def test_wrong_options_get_one_line(small_curves, tmp_path, capsys, arguments, m
 
 
 def test_missing_matplotlib_is_found_before_training(small_curves, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figure.importlib.util, "find_spec", lambda name: None)
     assert run(tmp_path) == 2
     assert "kfqn_optax[bench]" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from kfqn_optax.bench._output.table import spread
 from kfqn_optax.bench._suite.curve import (
     Curve,
     Point,
@@ -14,7 +15,7 @@ from kfqn_optax.bench._suite.curve import (
     step_in_adams,
 )
 from kfqn_optax.bench._suite.interleave import LONGEST_TURN, turns
-from kfqn_optax.bench._suite.table import results_table, spread
+from kfqn_optax.bench._suite.table import results_table
 
 
 def curve(method="adam", rate=1e-3, seed=0, losses=(8.0, 4.0, 2.0), seconds=2.0, steps=20, **rest) -> Curve:

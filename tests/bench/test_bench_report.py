@@ -3,8 +3,9 @@ import math
 
 import pytest
 
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._plot import save_plot
-from kfqn_optax.bench._report import print_table, save_json
+from kfqn_optax.bench._report import results_table, save_json
 from kfqn_optax.bench._train import Point, Run
 
 
@@ -21,7 +22,7 @@ def record(method="adam", seed=0, losses=(500.0, 60.0), seconds=2.0, **choices) 
 
 def table(capsys, runs, target=None) -> dict[str, str]:
     """The table as text, keyed by the first word of each line."""
-    print_table(runs, "title", target)
+    print_table(results_table(runs, "title", target))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     return {line.split()[0]: line for line in reversed(lines)} | {"all": "\n".join(lines)}
 

@@ -14,9 +14,9 @@ from kfqn_optax.bench._faults.faults import FAULTS
 from kfqn_optax.bench._faults.run import METHODS, PAIRS, STEPS, WHEN, Outcome, Trainer, swapped
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import Parser, known
-from kfqn_optax.bench._suite.environment import environment
-from kfqn_optax.bench._suite.save import write_json
-from kfqn_optax.bench._suite.table import print_table
+from kfqn_optax.bench._output.environment import environment
+from kfqn_optax.bench._output.record import write_json
+from kfqn_optax.bench._output.table import print_table
 
 TOLERANCE, SWAPS = 0.025, 8
 

@@ -10,11 +10,11 @@ import rich.box
 import rich.table
 
 from kfqn_optax.bench._options import Parser, known, positive
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._profile.methods import ADAM, PROFILED
 from kfqn_optax.bench._profile.parts import GRADIENT, parts_of
 from kfqn_optax.bench._profile.step import Timed, step_of, take_turns
 from kfqn_optax.bench._suite.methods import Method
-from kfqn_optax.bench._suite.table import print_table
 from kfqn_optax.bench._tasks.table import TASKS
 from kfqn_optax.bench._tasks.task import Task
 from kfqn_optax.bench._tasks.text import load_text

@@ -18,9 +18,9 @@ import rich.table
 from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._faults.run import METHODS
 from kfqn_optax.bench._options import Parser, known, positive
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._resume.trainer import LAST
 from kfqn_optax.bench._simulated import simulated
-from kfqn_optax.bench._suite.table import print_table
 
 DEVICES, MOST_STEPS, MORE, ROUNDING = 4, 40, 20, 1e-9
 

@@ -10,14 +10,14 @@ import rich.table
 
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import Parser, known, positive
-from kfqn_optax.bench._plot import require_matplotlib
+from kfqn_optax.bench._output.environment import environment
+from kfqn_optax.bench._output.figure import require_matplotlib
+from kfqn_optax.bench._output.record import write_json
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._profile.methods import PROFILED
 from kfqn_optax.bench._scale.cost import Cost, costs_of, costs_on_devices
 from kfqn_optax.bench._scale.network import Size
 from kfqn_optax.bench._scale.plot import save_plot
-from kfqn_optax.bench._suite.environment import environment
-from kfqn_optax.bench._suite.save import write_json
-from kfqn_optax.bench._suite.table import print_table
 
 AXES: Mapping[str, tuple[Size, tuple[int, ...]]] = {
     "width": (Size(), (128, 256, 512, 1_024, 2_048, 4_096)),

@@ -9,8 +9,8 @@ import rich.table
 from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._faults.run import METHODS
 from kfqn_optax.bench._options import Parser, known, positive
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._soak.run import Soak, soak
-from kfqn_optax.bench._suite.table import print_table
 
 CHUNK, ASYMMETRY, LARGEST = 250, 1e-4, 1e8
 

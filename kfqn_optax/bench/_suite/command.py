@@ -5,12 +5,12 @@ import sys
 from collections.abc import Iterable, Sequence
 
 import jax
-import rich.console
-import rich.progress as bars
 
 from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._folder import prepare_folder
-from kfqn_optax.bench._plot import require_matplotlib
+from kfqn_optax.bench._output.figure import require_matplotlib
+from kfqn_optax.bench._output.progress import progress_bars
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._suite.curve import Curve, Trial
 from kfqn_optax.bench._suite.interleave import run_interleaved
 from kfqn_optax.bench._suite.lane import Evaluator, Program, compile_rates
@@ -18,7 +18,7 @@ from kfqn_optax.bench._suite.methods import METHODS, learning_rates
 from kfqn_optax.bench._suite.options import parse_suite_options
 from kfqn_optax.bench._suite.plot import save_plot
 from kfqn_optax.bench._suite.save import save_json
-from kfqn_optax.bench._suite.table import print_table, results_table
+from kfqn_optax.bench._suite.table import results_table
 from kfqn_optax.bench._tasks.table import TASKS
 from kfqn_optax.bench._tasks.task import Task
 
@@ -58,7 +58,7 @@ def _run_problem(name: str, task: Task, options: argparse.Namespace, curves: lis
     ]
     if not trials:
         raise UserError(f"{name}: none of --methods suits it")
-    with _progress() as progress:
+    with progress_bars() as progress:
         programs: dict[Trial, Program] = {}
         bar = progress.add_task(f"{name}: compiling", total=len(trials))
         for method, size in trials:
@@ -95,14 +95,3 @@ def _report(name: str, task: Task, options: argparse.Namespace, curves: Iterable
     title = f"{name}: {examples}, {options.seconds:g} s a run, seeds {', '.join(map(str, options.seed))}"
     print_table(results_table(curves, title, task.metric, options.target.get(name)))
     save_plot(curves, title, task.metric, options.out / f"suite-{name}.png")
-
-
-def _progress() -> bars.Progress:
-    """On stderr, so that what is piped from stdout is the tables alone."""
-    return bars.Progress(
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.TaskProgressColumn(),
-        bars.TimeElapsedColumn(),
-        console=rich.console.Console(stderr=True),
-    )

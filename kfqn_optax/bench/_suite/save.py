@@ -1,14 +1,13 @@
 """Everything that was measured, as one JSON file."""
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kfqn_optax.bench._output.environment import environment
+from kfqn_optax.bench._output.record import write_json
 from kfqn_optax.bench._suite.curve import Curve, adam_step, best_trials
-from kfqn_optax.bench._suite.environment import environment
 
 
 def save_json(
@@ -35,11 +34,6 @@ def save_json(
     )
 
 
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """What is not finite becomes null: JSON has no word for it."""
-    path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False, default=str) + "\n")
-
-
 def _as_dict(curve: Curve, curves: Sequence[Curve]) -> dict[str, Any]:
     adams = [other for other in curves if other.trial.method == "adam"]
     return curve.trial._asdict() | {
@@ -52,13 +46,3 @@ def _as_dict(curve: Curve, curves: Sequence[Curve]) -> dict[str, Any]:
         "step_in_adams": curve.seconds_per_step / adam_step(curve, adams),
         "points": [point._asdict() for point in curve.points],
     }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

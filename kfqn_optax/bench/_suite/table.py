@@ -1,16 +1,13 @@
 """The results of one problem as a table: the best trial of each method."""
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import rich.box
-import rich.console
 import rich.table
 
+from kfqn_optax.bench._output.table import spread
 from kfqn_optax.bench._suite.curve import Curve, adam_step, best_trials, by_trial, step_in_adams
-
-_WIDTH = 160  # where stdout is no terminal
 
 
 def results_table(
@@ -26,13 +23,6 @@ def results_table(
     for group in sorted(groups, key=lambda group: statistics.median(c.final_loss for c in group)):
         table.add_row(*(cell(group) for cell in columns.values()))
     return table
-
-
-def print_table(table: rich.table.Table) -> None:
-    console = rich.console.Console(markup=False)  # a cell may hold [brackets]
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(table)
 
 
 def _columns(
@@ -69,17 +59,3 @@ def _remarks(group: list[Curve], curves: Sequence[Curve]) -> str:
     if len(rates) > 1 and trial.learning_rate in (min(rates), max(rates)):
         remarks.append("rate at end of grid")
     return ", ".join(remarks)
-
-
-def spread(values: Iterable[float], spec: str, infinite: str = "inf") -> str:
-    """Median, and below it [least, most] where values differ; nan (unknown) is left out."""
-
-    def show(value: float) -> str:
-        return infinite if math.isinf(value) else format(value, spec)
-
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return "-"
-    if len(set(known)) == 1:
-        return show(known[0])
-    return f"{show(statistics.median(known))}\n[{show(min(known))}, {show(max(known))}]"

@@ -12,13 +12,13 @@ import rich.table
 from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import Parser, known, positive
+from kfqn_optax.bench._output.environment import environment
+from kfqn_optax.bench._output.record import write_json
+from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._problems import PROBLEMS, Problem
 from kfqn_optax.bench._quick import quick_jit
-from kfqn_optax.bench._suite.environment import environment
 from kfqn_optax.bench._suite.lane import Evaluator, compile_program
 from kfqn_optax.bench._suite.methods import GRIDS, METHODS
-from kfqn_optax.bench._suite.save import write_json
-from kfqn_optax.bench._suite.table import print_table
 from kfqn_optax.bench._sweep.outcome import Outcome, ratios, run
 from kfqn_optax.bench._sweep.rows import CHANGED, SEEDS, rows
 from kfqn_optax.bench._sweep.small import SMALL

@@ -1,0 +1,1 @@
+"""What every command of the bench shows and writes: tables, figures, progress, JSON."""

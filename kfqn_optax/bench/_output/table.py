@@ -1,0 +1,31 @@
+"""Tables on stdout, and several seeds in one cell."""
+
+import math
+import statistics
+from collections.abc import Iterable
+
+import rich.console
+import rich.table
+
+_WIDTH = 160  # where stdout is no terminal
+
+
+def print_table(table: rich.table.Table) -> None:
+    console = rich.console.Console(markup=False)  # a cell may hold [brackets]
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
+
+
+def spread(values: Iterable[float], spec: str, infinite: str = "inf") -> str:
+    """Median, and below it [least, most] where values differ; nan (unknown) is left out."""
+
+    def show(value: float) -> str:
+        return infinite if math.isinf(value) else format(value, spec)
+
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "-"
+    if len(set(known)) == 1:
+        return show(known[0])
+    return f"{show(statistics.median(known))}\n[{show(min(known))}, {show(max(known))}]"
