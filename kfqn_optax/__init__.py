@@ -16,6 +16,9 @@ from kfqn_optax._capture.quadratic import Forms as Forms
 from kfqn_optax._capture.statistics import Statistics as Statistics
 from kfqn_optax._capture.value_and_grad import value_and_grad as value_and_grad
 from kfqn_optax._capture.weights import weights as weights
+from kfqn_optax._diagnostics import LayerReport as LayerReport
+from kfqn_optax._diagnostics import Report as Report
+from kfqn_optax._diagnostics import SideReport as SideReport
 from kfqn_optax._diagnostics import diagnostics as diagnostics
 from kfqn_optax._sides.bfgs import bfgs as bfgs
 from kfqn_optax._sides.block_inverse import block_inverse as block_inverse

@@ -70,11 +70,6 @@ def pooled(*trees: ArrayTree) -> list[list[jax.Array]]:
 POOLED = 2**18
 
 
-def select(condition: jax.Array, on_true: ArrayTree, on_false: ArrayTree):
-    """``on_true`` where the scalar ``condition`` holds and ``on_false`` elsewhere, leaf by leaf."""
-    return jax.tree.map(lambda t, f: jnp.where(condition, t, f), on_true, on_false)
-
-
 def ema(average: jax.Array, value: jax.Array, decay: float | jax.Array) -> jax.Array:
     """One step of an exponential moving average without bias correction."""
     return decay * average + (1 - decay) * value

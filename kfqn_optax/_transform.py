@@ -29,7 +29,7 @@ from kfqn_optax._divided import check_mesh, divided, gathered, whole
 from kfqn_optax._learning import Sides, learn
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._method import Method
-from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, select, wide_dtype
+from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, wide_dtype
 from kfqn_optax._over_layers import copied, each
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
@@ -183,7 +183,7 @@ def scale_by_kfqn(
             outputs=_divided(method, present, sides.outputs),
             others=rest,
             usual=kept(state.usual, usual, accept),
-            rule=select(sane, rule_state, state.rule),
+            rule=optax.tree.where(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
             rejected=state.rejected + ~accept,
@@ -247,7 +247,7 @@ def _average(method: Method, state: ScaleByKfqnState, grads: ArrayTree, sane: ja
     if method.without_momentum:
         return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
     average = jax.tree.map(lambda m, g: ema(m, g, method.momentum), state.momentum, grads)
-    return select(sane, average, state.momentum)
+    return optax.tree.where(sane, average, state.momentum)
 
 
 def _precondition(
@@ -336,8 +336,8 @@ def _remembered(
     learnt = (() if method.without_momentum else average, sides, rest)
     before = (state.momentum, Sides(state.inputs, state.outputs), state.others)
     if method.second_pass:
-        return select(accept, learnt, before)
-    return select(sane, learnt[0], before[0]), *learnt[1:]  # sides saw no batch that is not sane
+        return optax.tree.where(accept, learnt, before)
+    return optax.tree.where(sane, learnt[0], before[0]), *learnt[1:]  # sides saw no batch that is not sane
 
 
 def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:

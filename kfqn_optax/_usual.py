@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._numerics import OUTLIER, ema, inner, select
+from kfqn_optax._numerics import OUTLIER, ema, inner
 from kfqn_optax._steps.rule import Outcome
 
 RISE, FALL = 0.9, 0.99
@@ -61,7 +62,7 @@ def look(
 
 def kept(before: UsualState, after: UsualState, accept: jax.Array) -> UsualState:
     """A step left out changes nothing of it, but for an outlier: a lasting change is followed."""
-    return select(accept | (after.outliers > before.outliers), after, before)
+    return optax.tree.where(accept | (after.outliers > before.outliers), after, before)
 
 
 def far(state: UsualState, outcome: Outcome) -> jax.Array:

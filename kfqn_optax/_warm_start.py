@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from kfqn_optax._capture.nnx import as_arrays, assign, is_model, jit_with_models
 from kfqn_optax._capture.value_and_grad import ValueAndGrad
@@ -60,7 +62,7 @@ def warm_start(
             f" {value_and_grad!r}."
         )
 
-    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str)):
+    if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, jax.Array, np.ndarray)):
         raise TypeError(
             f"kfqn.warm_start: batches is {shown(batches)}. Give an iterable of batches, [batch] for one."
         )
@@ -82,7 +84,7 @@ def warm_start(
                 " parameters, or a tuple of them."
             )
             raise
-        total = moments if total is None else jax.tree.map(jnp.add, total, moments)
+        total = moments if total is None else optax.tree.add(total, moments)
         count += 1
     if total is None:
         raise ValueError("kfqn.warm_start: batches is empty; give it at least one batch.")

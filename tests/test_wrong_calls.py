@@ -606,6 +606,7 @@ WARM = {
     "no batch": (warm(batches=[]), ValueError, "kfqn.warm_start", "batches is empty", "at least one"),
     "no more": (warm(batches=iter(())), ValueError, "kfqn.warm_start", "batches is empty", "at least one"),
     "None": (warm(batches=None), TypeError, "kfqn.warm_start: batches is None", "[batch] for one"),
+    "one array": (warm(batches=X), TypeError, "batches is float32[6, 4]", "[batch] for one"),
     "one batch": (warm(batches={"x": X}), TypeError, "batches is {'x': float32[6, 4]}", "[batch] for one"),
     "dictionaries": (
         warm(batches=[{"x": X}]),

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from kfqn_optax._numerics import all_finite, one_by_one, safe_divide, select
+from kfqn_optax._numerics import all_finite, one_by_one, safe_divide
 from kfqn_optax._sides.factor import PairCounts
 
 _SLACK = 10  # roundings by which the unit diagonal of K is raised, so that its Cholesky factor exists
@@ -81,4 +82,4 @@ def take_block(
     finite = all_finite(candidate)
     taken = jnp.where(finite, (((s * y).sum(0)) > 0).sum(), 0).astype(pairs.counts.dtype)
     counts = pairs.counts + jnp.stack([taken, jnp.zeros_like(taken), s.shape[1] - taken])
-    return select(finite, candidate, h), pairs._replace(counts=counts)
+    return optax.tree.where(finite, candidate, h), pairs._replace(counts=counts)

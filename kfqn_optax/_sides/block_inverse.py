@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import add_diagonal, all_finite, ema, select
+from kfqn_optax._numerics import add_diagonal, all_finite, ema
 from kfqn_optax._sides import bfgs as _bfgs
 from kfqn_optax._sides.block import take_block
 from kfqn_optax._sides.factor import PairCounts, no_pairs
@@ -92,7 +93,7 @@ def block_inverse(
                 factor=_bfgs.init(moment.shape[0], moment.dtype, scale),
                 phase=jnp.full_like(state.phase, RUNNING),
             )
-        return select(good, select(state.phase == RUNNING, running, started), state)
+        return optax.tree.where(good, optax.tree.where(state.phase == RUNNING, running, started), state)
 
     def starting(state):
         return state.phase == GIVEN

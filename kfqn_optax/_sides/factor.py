@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from kfqn_optax._numerics import all_finite, safe_divide, select
+from kfqn_optax._numerics import all_finite, safe_divide
 
 
 class InverseFactor(NamedTuple):
@@ -84,5 +85,5 @@ def take_pair(
     pairs = PairCounts(
         counts=pairs.counts + outcome, ratio=jnp.where(jnp.isfinite(ratio), ratio, pairs.ratio)
     )
-    kept = select(indefinite, factor.init(s.shape[0], s.dtype, 1.0), state)
-    return select(take, candidate, kept), pairs, indefinite
+    kept = optax.tree.where(indefinite, factor.init(s.shape[0], s.dtype, 1.0), state)
+    return optax.tree.where(take, candidate, kept), pairs, indefinite

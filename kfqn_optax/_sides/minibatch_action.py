@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from kfqn_optax._numerics import all_finite, select
+from kfqn_optax._numerics import all_finite
 from kfqn_optax._sides.factor import InverseFactor, PairCounts, no_pairs, take_pair
 from kfqn_optax._sides.side import Side
 
@@ -56,7 +57,7 @@ def minibatch_action(factor: InverseFactor) -> Side:
         dim, dtype = statistics.squares.shape[0], statistics.squares.dtype
         good = (statistics.rows > 0) & jnp.isfinite(scale) & ~state.started
         return state._replace(
-            factor=select(good, factor.init(dim, dtype, scale), state.factor),
+            factor=optax.tree.where(good, factor.init(dim, dtype, scale), state.factor),
             started=state.started | good,
         )
 

@@ -4,6 +4,7 @@ Prints the tables of docs/ecosystem.md. Each verdict is found out by training on
 """
 
 import argparse
+import importlib.metadata
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ TABLES: Mapping[str, Mapping[str, Row]] = {
     "Flax, checkpoints, logs": FLAX,
     "JAX": JAX,
 }
+SHOWN = ("jax", "flax", "optax", "orbax-checkpoint")  # whose verdicts the tables are
 WORKS = "works"
 FALLEN = 0.9  # the loss after training over that before
 
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kfqn_optax.bench.ecosystem", description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args(arguments)
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN), flush=True)
     for heading, rows in TABLES.items():
         print(f"\n## {heading}\n")
         for line in table(rows, options.methods):

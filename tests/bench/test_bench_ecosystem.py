@@ -12,12 +12,9 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "ecosystem.md"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Optax replaces, and still has
-@pytest.mark.parametrize("heading", ["optax.contrib", "Flax, checkpoints, logs"])
+@pytest.mark.parametrize("heading", ecosystem.TABLES)
 def test_the_page_has_what_the_command_makes(heading):
-    """By one of the methods: where they differ, the page says it, and this fails.
-
-    Two of the tables; much of the other two is in ``test_conformance.py``.
-    """
+    """By one of the methods: where they differ, the page says it, and this fails."""
     (written,) = [part for part in PAGE.read_text().split("\n## ") if part.startswith(f"{heading}\n")]
     made = ecosystem.table(ecosystem.TABLES[heading], ["kbfgs"])
     assert written.strip().splitlines()[2:] == list(made)
