@@ -1,5 +1,9 @@
-"""Strict JAX for every test, and a problem small enough to be trained in a moment."""
+"""Strict JAX for every test, compiled quickly, and a problem small enough to be trained in a moment."""
 
+import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +13,14 @@ import pytest
 from kfqn_optax.bench._datasets import Dataset
 from kfqn_optax.bench._models import cross_entropy
 from kfqn_optax.bench._problems import PROBLEMS, Problem
+
+# Compiling is most of the time of the tests: less optimised in them and in the processes they start, unless
+# XLA_FLAGS is set. Those are flags that this XLA knows, of which another process has to find out: a JAX
+# that has run reads them no more.
+if "XLA_FLAGS" not in os.environ:
+    found = "from kfqn_optax.bench._quick import compiler_options; print(compiler_options())"
+    options = ast.literal_eval(subprocess.check_output([sys.executable, "-c", found], text=True))
+    os.environ["XLA_FLAGS"] = " ".join(f"--{name}={value}".lower() for name, value in options.items())
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

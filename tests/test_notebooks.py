@@ -7,8 +7,6 @@ import nbclient
 import nbformat
 import pytest
 
-from kfqn_optax.bench._quick import quick_flags
-
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 SECONDS = 300  # for one cell; a notebook takes well under a minute on a free machine
@@ -40,8 +38,7 @@ def test_the_page_is_that_of_the_notebook(name):
 
 @every_notebook
 @pytest.mark.filterwarnings("default")  # those of the Jupyter client are not ours
-def test_notebook_runs(name, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", quick_flags())  # compiling is most of the time
+def test_notebook_runs(name):
     notebook = read(name)
     for cell in notebook.cells:  # train for a moment
         cell.source = re.sub(r"epochs=\d+", "epochs=1", cell.source)

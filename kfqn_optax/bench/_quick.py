@@ -20,11 +20,6 @@ def compiler_options() -> dict[str, Any]:
     return {}
 
 
-def quick_flags() -> str:
-    """The same for the environment variable ``XLA_FLAGS`` of another process."""
-    return " ".join(f"--{name}={value}".lower() for name, value in compiler_options().items())
-
-
 def quick_jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
     """``jax.jit``, quicker to compile and slower to run; as exact."""
     return jax.jit(function, compiler_options=compiler_options(), **settings)

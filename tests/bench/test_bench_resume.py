@@ -1,13 +1,11 @@
 """A training process that is killed once; the command does it twenty times for each method."""
 
 from kfqn_optax.bench.__main__ import main
-from kfqn_optax.bench._quick import quick_flags
 from kfqn_optax.bench._resume import command
 
 
 def test_a_killed_run_ends_as_one_that_was_not(capsys, monkeypatch):
     monkeypatch.setattr(command, "MOST_STEPS", 8)
-    monkeypatch.setenv("XLA_FLAGS", quick_flags())  # compiling is most of the time
     assert main(["resume", "--methods", "kfac", "--kills", "1"]) == 0
     output = capsys.readouterr().out
     assert "bit-equal" in output
