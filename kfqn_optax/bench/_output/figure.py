@@ -75,7 +75,7 @@ def save_figure(series: Sequence[Series], panels: Sequence[Panel], title: str, p
     handles = [line for line in lines if line is not None]
     if any(track.diverged for each in series for track in each.tracks):
         handles += axes.plot([], [], color="grey", marker="x", linestyle="", label="diverged after this")
-    if any(each.start_seconds for each in series):
+    if any(map(_started_warm, series)):
         handles += axes.plot([], [], color="grey", linewidth=4, label="below the curves: warm start")
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
@@ -96,11 +96,17 @@ def _draw(axes: Any, panel: Panel, series: Series, colour: str) -> Any:
         if track.diverged:
             x, y = track.values[panel.x], track.values[panel.y]
             axes.plot(x, y, color=colour, linewidth=0.8, marker="x", markevery=[-1], markersize=9)
-    if panel.x == "seconds" and series.start_seconds:
+    if panel.x == "seconds" and _started_warm(series):
         height = 0.01 * (1 + int(colour[1:]))  # of the panel
         across = axes.get_xaxis_transform()
         axes.plot([0, series.start_seconds], [height] * 2, color=colour, linewidth=4, transform=across)
     return line if known else None
+
+
+def _started_warm(series: Series) -> bool:
+    """Whether the start would be seen: every method makes its state in a moment."""
+    ends = [track.values["seconds"][-1] for track in series.tracks if track.values["seconds"]]
+    return series.start_seconds > 0.02 * max(ends, default=math.inf)
 
 
 def middle(tracks: Sequence[Track], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
