@@ -70,7 +70,7 @@ def save_figure(series: Sequence[Series], panels: Sequence[Panel], title: str, p
     figure = Figure(figsize=(5 * len(panels) + 1, 5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        lines = [_draw(axes, panel, each, f"C{index}") for index, each in enumerate(series)]
+        lines = [_draw(axes, panel, each, index) for index, each in enumerate(series)]
         _scale(axes, panel, series)
     handles = [line for line in lines if line is not None]
     if any(track.diverged for each in series for track in each.tracks):
@@ -83,10 +83,11 @@ def save_figure(series: Sequence[Series], panels: Sequence[Panel], title: str, p
     figure.savefig(path, dpi=130)
 
 
-def _draw(axes: Any, panel: Panel, series: Series, colour: str) -> Any:
+def _draw(axes: Any, panel: Panel, series: Series, index: int) -> Any:
     """The line of a series; diverged seeds as thin lines of their own."""
     known = [track for track in series.tracks if len(track.values[panel.x])]
     whole = [track for track in known if not track.diverged]
+    colour = f"C{index}"
     style = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 3, "label": series.label}
     line = axes.plot(*(middle(whole, panel) if whole else ([], [])), **style)[0]
     if len(whole) > 1:
@@ -97,7 +98,7 @@ def _draw(axes: Any, panel: Panel, series: Series, colour: str) -> Any:
             x, y = track.values[panel.x], track.values[panel.y]
             axes.plot(x, y, color=colour, linewidth=0.8, marker="x", markevery=[-1], markersize=9)
     if panel.x == "seconds" and _started_warm(series):
-        height = 0.01 * (1 + int(colour[1:]))  # of the panel
+        height = 0.01 * (1 + index)  # of the panel
         across = axes.get_xaxis_transform()
         axes.plot([0, series.start_seconds], [height] * 2, color=colour, linewidth=4, transform=across)
     return line if known else None
