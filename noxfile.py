@@ -9,7 +9,8 @@ import nox
 nox.options.error_on_missing_interpreters = False
 
 PYTHONS = ["3.11", "3.12", "3.13"]
-TESTS = ["test_golden.py", "test_methods.py", "test_conformance.py", "test_errors.py", "steps", "sides"]
+FILES = ("golden", "methods", "conformance", "errors", "wrong_calls", "devices")
+TESTS = [*(f"test_{name}.py" for name in FILES), "steps", "sides"]
 SHOWN = ("jax", "jaxlib", "flax", "optax", "numpy")
 DEPENDENCIES = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
 

@@ -99,7 +99,7 @@ def check_precision(precision: Any) -> None:
 def check_number(what: str, value: Any, wanted: str = "") -> None:
     """Raise ``TypeError`` for what is no real number, known or traced."""
     kinds = (numbers.Real, np.ndarray, jax.Array)
-    if not isinstance(value, kinds) or getattr(value, "ndim", 0) > 0 or jnp.iscomplexobj(value):
+    if not isinstance(value, kinds) or getattr(value, "ndim", 0) > 0 or np.iscomplexobj(value):
         raise TypeError(f"{what}{shown(value)}, but it must be a number{wanted and f': {wanted}'}.")
 
 

@@ -160,9 +160,9 @@ def test_the_recorded_trajectory_is_followed(name):
 
 @pytest.mark.parametrize("name", ["kbfgs_logistic", "kbfgs_mse"])
 def test_float32_stays_as_near_as_its_rounding_allows(name):
-    """Every step rounds the parameters anew. In float64, all those perturbations at once, at the start
-    where they have the longest time to grow, tell how far the loss may be off; to which the rounding in
-    evaluating the loss is added, one product of at most ``longest`` terms a layer."""
+    """Every step rounds the parameters anew. In float64, all those perturbations at once, as large as they
+    can be and at the start where they have the longest time to grow, tell how far the loss may be off; to
+    which the rounding in evaluating the loss is added, one product of at most ``longest`` terms a layer."""
     eps = np.finfo(np.float32).eps
     with jax.enable_x64(True):
         run = run_of(name, jnp.float64)
@@ -171,7 +171,7 @@ def test_float32_stays_as_near_as_its_rounding_allows(name):
         reached = np.zeros(steps)
         for seed in range(2):
             rng = np.random.default_rng(seed)
-            moved = run.losses(lambda w, rng=rng: w * (1 + steps * eps * rng.uniform(-1, 1, w.shape)))
+            moved = run.losses(lambda w, rng=rng: w * (1 + steps * eps * rng.choice([-1, 1], w.shape)))
             reached = np.maximum(reached, np.abs(moved / exact - 1))
     with jax.enable_x64(False):
         error = np.abs(run_of(name, jnp.float32).losses() / exact - 1)
