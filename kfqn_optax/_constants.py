@@ -99,8 +99,13 @@ def check_precision(precision: Any) -> None:
 def check_number(what: str, value: Any, wanted: str = "") -> None:
     """Raise ``TypeError`` for what is no real number, known or traced."""
     kinds = (numbers.Real, np.ndarray, jax.Array)
-    if not isinstance(value, kinds) or getattr(value, "ndim", 0) > 0 or np.iscomplexobj(value):
+    if not isinstance(value, kinds) or getattr(value, "ndim", 0) > 0 or _complex(value):
         raise TypeError(f"{what}{shown(value)}, but it must be a number{wanted and f': {wanted}'}.")
+
+
+def _complex(value: Any) -> bool:
+    """Of the dtype alone: ``jnp.iscomplexobj`` would put a Python number on a device, at import."""
+    return jnp.issubdtype(getattr(value, "dtype", float), jnp.complexfloating)
 
 
 def _check(call: str, name: str, value: Any) -> None:
