@@ -6,26 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.box
 import rich.table
 
 from kfqn_optax.bench._output.environment import environment
 from kfqn_optax.bench._output.record import write_json
-from kfqn_optax.bench._output.table import spread
+from kfqn_optax.bench._output.table import spread, table_of
 from kfqn_optax.bench._train import Run
 
 
 def results_table(runs: Sequence[Run], title: str, target: float | None) -> rich.table.Table:
     """One row for each method and learning rate. A diverged run counts as an infinite loss."""
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    columns = _columns(runs, target)
-    for heading in columns:
-        justify = "left" if heading in ("method", "remarks") else "right"
-        table.add_column(heading, justify=justify, no_wrap=heading == "remarks")
-    for trial in dict.fromkeys((run.method, run.learning_rate) for run in runs):
-        group = [run for run in runs if (run.method, run.learning_rate) == trial]
-        table.add_row(*(cell(group) for cell in columns.values()))
-    return table
+    trials = dict.fromkeys((run.method, run.learning_rate) for run in runs)
+    groups = ([run for run in runs if (run.method, run.learning_rate) == trial] for trial in trials)
+    return table_of(groups, _columns(runs, target), title)
 
 
 def _columns(runs: Sequence[Run], target: float | None) -> dict[str, Callable[[list[Run]], str]]:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from kfqn_optax.bench._compare import compare
 from kfqn_optax.bench._output import figure
-from kfqn_optax.bench._output.figure import Panel, Series, Track, band, middle, save_figure, trial_label
+from kfqn_optax.bench._output.figure import Panel, Series, Track, save_figure, together, trial_label
 from kfqn_optax.bench._output.progress import progress_bars
 from kfqn_optax.bench._train import Budget
 
@@ -30,12 +30,11 @@ def axes_of(monkeypatch, tmp_path, *series: Series):
 
 def test_seeds_evaluated_at_other_times_meet_where_the_first_was():
     tracks = [track(8.0, 4.0, 2.0), track(8.0, 6.0, 1.0, seconds=[0.0, 0.5, 1.5])]
-    x, y = middle(tracks, PANEL)
+    x, values = together(tracks, PANEL)
     np.testing.assert_allclose(x, [0.0, 1.0, 1.5])  # as far as both reach
-    np.testing.assert_allclose(y, [8.0, (4.0 + 3.5) / 2, (3.0 + 1.0) / 2])
-    _, least, most = band(tracks, PANEL)
-    np.testing.assert_allclose(least, [8.0, 3.5, 1.0])
-    np.testing.assert_allclose(most, [8.0, 4.0, 3.0])
+    np.testing.assert_allclose(np.median(values, axis=0), [8.0, (4.0 + 3.5) / 2, (3.0 + 1.0) / 2])
+    np.testing.assert_allclose(values.min(0), [8.0, 3.5, 1.0])
+    np.testing.assert_allclose(values.max(0), [8.0, 4.0, 3.0])
 
 
 def test_first_drop_does_not_decide_the_range(monkeypatch, tmp_path):

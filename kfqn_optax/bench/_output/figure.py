@@ -89,10 +89,10 @@ def _draw(axes: Any, panel: Panel, series: Series, index: int) -> Any:
     whole = [track for track in known if not track.diverged]
     colour = f"C{index}"
     style = {"color": colour, "linewidth": 1.8, "marker": "o", "markersize": 3, "label": series.label}
-    line = axes.plot(*(middle(whole, panel) if whole else ([], [])), **style)[0]
+    x, values = together(whole, panel) if whole else ([], np.empty((1, 0)))
+    line = axes.plot(x, np.median(values, axis=0), **style)[0]
     if len(whole) > 1:
-        x, least, most = band(whole, panel)
-        axes.fill_between(x, least, most, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     for track in known:
         if track.diverged:
             x, y = track.values[panel.x], track.values[panel.y]
@@ -110,20 +110,11 @@ def _started_warm(series: Series) -> bool:
     return series.start_seconds > 0.02 * max(ends, default=math.inf)
 
 
-def middle(tracks: Sequence[Track], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """Where the first seed was evaluated, as far as all seeds reach, the median over seeds."""
-    x, values = _together(tracks, panel)
-    return x, np.median(values, axis=0)
+def together(tracks: Sequence[Track], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
+    """Where the first seed was evaluated, as far as all reach (places,); all seeds there (tracks, places).
 
-
-def band(tracks: Sequence[Track], panel: Panel) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same places, the least and the most."""
-    x, values = _together(tracks, panel)
-    return x, values.min(axis=0), values.max(axis=0)
-
-
-def _together(tracks: Sequence[Track], panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    """(places,) and (tracks, places), linear between a seed's own evaluations."""
+    Linear between a seed's own evaluations.
+    """
     own = [np.asarray(track.values[panel.x], float) for track in tracks]
     least, most = max(x[0] for x in own), min(x[-1] for x in own)
     x = np.unique(np.clip(own[0], least, most))

@@ -2,12 +2,29 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
+import rich.box
 import rich.console
 import rich.table
 
+Run = TypeVar("Run")
+
 _WIDTH = 160  # where stdout is no terminal
+
+
+def table_of(
+    groups: Iterable[list[Run]], columns: Mapping[str, Callable[[list[Run]], str]], title: str
+) -> rich.table.Table:
+    """A row for each group of runs; ``columns``: for each heading, what makes its cell of a group."""
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    for heading in columns:
+        justify = "left" if heading in ("method", "remarks") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "remarks")
+    for group in groups:
+        table.add_row(*(cell(group) for cell in columns.values()))
+    return table
 
 
 def print_table(table: rich.table.Table) -> None:

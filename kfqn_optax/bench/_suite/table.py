@@ -1,28 +1,26 @@
 """The results of one problem as a table: the best trial of each method."""
 
-import statistics
 from collections.abc import Callable, Sequence
 
-import rich.box
 import rich.table
 
-from kfqn_optax.bench._output.table import spread
-from kfqn_optax.bench._suite.curve import Curve, adam_step, best_trials, by_trial, step_in_adams
+from kfqn_optax.bench._output.table import spread, table_of
+from kfqn_optax.bench._suite.curve import (
+    Curve,
+    adam_step,
+    best_trials,
+    by_trial,
+    median_final_loss,
+    step_in_adams,
+)
 
 
 def results_table(
     curves: Sequence[Curve], title: str, metric: str, target: float | None
 ) -> rich.table.Table:
     """One row a method, medians over seeds and [least, most] below; the best methods first."""
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    columns = _columns(curves, metric, target)
-    for heading in columns:
-        justify = "left" if heading in ("method", "remarks") else "right"
-        table.add_column(heading, justify=justify, no_wrap=heading == "remarks")
-    groups = best_trials(curves).values()
-    for group in sorted(groups, key=lambda group: statistics.median(c.final_loss for c in group)):
-        table.add_row(*(cell(group) for cell in columns.values()))
-    return table
+    groups = sorted(best_trials(curves).values(), key=median_final_loss)
+    return table_of(groups, _columns(curves, metric, target), title)
 
 
 def _columns(
