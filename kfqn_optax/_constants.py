@@ -35,6 +35,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "mu1": (lambda x: 0 < x < 1, "in (0, 1)"),
     "others_decay": (lambda x: 0 <= x < 1, "in [0, 1), or None for the plain gradient"),
+    "patience": (_whole, "a whole number of at least 1, or None to keep the gain at 1"),
     "probe_step": (lambda x: 0 <= x < inf, "at least 0 and finite"),
     "rate": (lambda x: 0 < x <= 1, "in (0, 1], 1 for a fixed damping"),
     "rows": (_whole, "a whole number of at least 1, or None for all"),
@@ -47,7 +48,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "update_every": (_whole, "a whole number of at least 1"),
     "weight_decay": (lambda x: 0 <= x < inf, "at least 0 and finite"),
 }
-_MAY_BE_NONE = ("max_dim", "others_decay", "rows", "statistics_rows", "step_rule")
+_MAY_BE_NONE = ("max_dim", "others_decay", "patience", "rows", "statistics_rows", "step_rule")
 _SCHEDULED = ("damping", "learning_rate", "probe_step")
 _STATIC = ("directions", "groups", "max_dim", "memory", "rows", "statistics_rows")
 

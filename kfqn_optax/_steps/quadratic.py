@@ -9,6 +9,7 @@ from optax import Params as ArrayTree
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide, wide_dtype
+from kfqn_optax._steps.gain import Losses, watched
 from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR = 0.75, 0.25
@@ -25,12 +26,12 @@ class QuadraticState(NamedTuple):
       count: steps so far.
       scale: the damping as a multiple of the one that the user gave.
       level: moving average of the magnitude of the loss, before this step.
-      window: sum of the losses of the batches since the damping was last looked at.
-      before: the mean of those between the two looks before.
+      gain: the part of the model's step that the losses of new batches allow.
+      losses: the losses that ``gain`` follows.
       alpha: coefficient of the preconditioned gradient in the last step.
       mu: coefficient of the update before, in the last step.
-      length: moving average of the lengths of the steps.
-      share: the part of the model's step that was made.
+      length: moving average of the lengths of the model's steps.
+      share: the part of the last step that was made, below 1 where the loss rose along it.
       ratio: actual over predicted change of the loss in the last step, -1 if the loss rose.
     """
 
@@ -38,8 +39,8 @@ class QuadraticState(NamedTuple):
     count: jax.Array
     scale: jax.Array
     level: jax.Array
-    window: jax.Array
-    before: jax.Array
+    gain: jax.Array
+    losses: Losses
     alpha: jax.Array
     mu: jax.Array
     length: jax.Array
@@ -54,6 +55,7 @@ def quadratic(
     floor: float = 0.05,
     ceiling: float = 1e6,
     trust: float = 0.5,
+    patience: int | None = 20,
     rows: int | None = None,
 ) -> StepRule:
     """The step alpha d + mu delta that is best by a quadratic model, d = -H_a g H_g, delta the last update.
@@ -71,21 +73,25 @@ def quadratic(
     units of C, so that neither the loss's scale nor the parameters' matters. ``scale`` starts at 1 and
     follows the model's success (Levenberg and Marquardt): the loss is looked at where the step ends, and
     every ``every`` steps a ratio of actual to predicted change above 3/4 multiplies it by rate^every, one
-    below 1/4 divides it by that. So does a loss that is larger on the new batches since the last look than
-    on those before it, whatever the ratio: steps that suit the batches they were made of and no other are
-    of too small a damping. A step along which the loss rose is shortened to the minimum of the parabola
-    through what is known, half of it at most;
-    one after which the loss is not finite is not made.
+    below 1/4 divides it by that. A step along which the loss rose is shortened to the minimum of the
+    parabola through what is known, half of it at most; one after which the loss is not finite is not made.
+
+    The model knows its own batch alone, and its steps suit the others less and less as the gradients
+    become noise. So the losses of the batches, before their steps, are watched: where the mean of
+    ``patience`` of them is above that of those before, ``gain``, the part of the model's step that is
+    made, is multiplied by 0.7, and it grows again where they fall by more than their noise.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
     follow: with those give ``rate=1.0``, which keeps ``scale`` at 1.
 
     Args:
-      every: steps from one change of the damping to the next, and batches whose mean losses are compared.
+      every: steps from one change of the damping to the next.
       rate: in (0, 1]; 1 for no change.
       floor, ceiling: bounds of ``scale``.
       trust: the longest step, as a part of the length of the parameters.
+      patience: batches whose mean losses are compared; ``patience / gain`` of them once the steps are
+        shorter. None keeps ``gain`` at 1, for a schedule of one's own.
       rows: of how many examples C is taken and the loss looked at, the last ones of the batch, if
         ``value_and_grad`` knows by ``batch_argnums`` what an example is. None: of so many that the marked
         outputs of these are 100,000 numbers, and of 125 at least; of 500 at most if all marks are
@@ -101,22 +107,36 @@ def quadratic(
     Source: Martens, Grosse 2015, arXiv 1503.05671, sections 6.4, 6.5 and 7; their model uses all rows,
     their damping has no units, they do not limit the step's length nor look at new batches.
     """
-    check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust, rows=rows)
+    check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust)
+    check_constants(patience=patience, rows=rows)
     if floor > ceiling:
         raise ValueError(f"kfqn.quadratic: floor={floor!r} is above ceiling={ceiling!r}. Lower the floor.")
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
-        last = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
-        most = jnp.full([], jnp.finfo(jnp.float32).max)
         return QuadraticState(
-            last, jnp.zeros([], jnp.int32), one, zero, zero, most, zero, zero, zero, share=one, ratio=one
+            last=jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params),
+            count=jnp.zeros([], jnp.int32),
+            scale=one,
+            level=zero,
+            gain=one,
+            losses=Losses.start(),
+            alpha=zero,
+            mu=zero,
+            length=zero,
+            share=one,
+            ratio=one,
         )
 
+    def usual(state, curvature):
+        """The loss, no further from 0 than ten times the level."""
+        now = jnp.asarray(curvature.value, jnp.float32)
+        most = OUTLIER * state.level
+        return jnp.where(state.level > 0, jnp.clip(now, -most, most), now)
+
     def level_of(state, curvature):
-        now = jnp.abs(jnp.asarray(curvature.value, jnp.float32))
-        usual = jnp.where(state.level > 0, jnp.minimum(now, OUTLIER * state.level), now)
-        return jnp.where(state.count == 0, now, ema(state.level, usual, FORGET))
+        now = jnp.abs(usual(state, curvature))
+        return jnp.where(state.count == 0, now, ema(state.level, now, FORGET))
 
     def damping(state, given, curvature):
         return given * state.scale * safe_divide(level_of(state, curvature), curvature.squared_norm)
@@ -143,7 +163,7 @@ def quadratic(
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
         a, c = proposal.learning_rate, minimum(matrix, slopes)
         longest, length = longest_step(state, curvature, jnp.sqrt(second)), jnp.sqrt(c @ gram @ c)
-        c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
+        c = state.gain * c * jnp.where(length > longest, safe_divide(longest, length), 1)
         length = jnp.minimum(length, longest)
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
@@ -160,19 +180,18 @@ def quadratic(
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
-        # New batches tell what the steps before did to the loss, which those they were made of do not.
-        window = state.window + jnp.asarray(curvature.value, jnp.float32)
-        rises = window / every > state.before
-        good, poor = (ratio > GOOD) & ~rises, (ratio < POOR) | rises
-        factor = jnp.where(good, rate**every, jnp.where(poor, rate**-every, 1.0))
+        factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
         look = (state.count + 1) % every == 0
+        losses, gain = state.losses, state.gain
+        if patience is not None:
+            losses, gain = watched(losses, gain, usual(state, curvature), patience)
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=state.count + 1,
             scale=jnp.where(look, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
             level=level_of(state, curvature),
-            window=jnp.where(look, 0, window),
-            before=jnp.where(look, window / every, state.before),
+            gain=gain,
+            losses=losses,
             alpha=-c[0],
             mu=c[1],
             length=lengths(state.length, length),

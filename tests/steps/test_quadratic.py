@@ -177,8 +177,8 @@ def test_an_outlier_among_the_inputs_does_not_make_the_loss_explode():
     assert max(losses) < 2 * before
 
 
-@pytest.mark.parametrize(("rise", "falls"), [(0.0, True), (0.3, False)])
-def test_the_damping_grows_where_new_batches_have_larger_losses(rise, falls):
+@pytest.mark.parametrize(("rise", "patience", "gain"), [(0.0, 3, 1), (0.3, 3, 0.7**2), (0.3, None, 1)])
+def test_steps_are_shorter_where_new_batches_have_larger_losses(rise, patience, gain):
     """Whatever the model's success: the loss of each batch is the same function, the higher the later."""
     model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
     x = jax.random.normal(jax.random.key(0), (32, 3))
@@ -189,21 +189,25 @@ def test_the_damping_grows_where_new_batches_have_larger_losses(rise, falls):
         z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
         return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + height
 
-    value_and_grad, tx = kfqn.value_and_grad(loss_fn, layers), kfqn.kfac(1.0, layers, damping=0.1)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+    tx = kfqn.kfac(1.0, layers, damping=0.1, step_rule=kfqn.quadratic(patience=patience))
 
     @quick_jit
     def step(params, state, height):
         _, grads, curvature = value_and_grad(params, x, height)
         updates, state = tx.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state
+        return updates, optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    for k in range(10):
-        params, state = step(params, state, rise * k)
-        if k == 4:
-            first = float(state[0].rule.scale)
-    assert first < 1
-    assert (state[0].rule.scale <= first) == falls
+    for k in range(11):  # runs of 3, 3 and 5 batches
+        _, params, state = step(params, state, rise * k)
+    rule = state[0].rule
+    assert rule.scale < 1  # the model is right about its own batch
+    assert rule.gain == pytest.approx(gain)
+    whole = state[0]._replace(rule=rule._replace(gain=jnp.ones([])))
+    ours, of_model = (step(params, (x, *state[1:]), 0.0)[0] for x in (state[0], whole))
+    for made, full in zip(*map(jax.tree.leaves, (ours, of_model)), strict=True):
+        np.testing.assert_allclose(made, gain * full, rtol=1e-4, atol=1e-6)
 
 
 def test_no_step_is_longer_than_twice_those_before():

@@ -1,0 +1,51 @@
+"""The part of a step that is made, as the losses of the batches that come after have it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SHORTER, LONGER, LEAST = 0.7, 1.25, 0.05
+
+
+class Losses(NamedTuple):
+    """The losses of a run of batches, and those of the run before.
+
+    Attributes:
+      count, mean: how many there are so far, and their mean.
+      squares: the sum of squares of their differences from the mean.
+      before: the mean of the run before.
+      error: the square of its standard error.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    squares: jax.Array
+    before: jax.Array
+    error: jax.Array
+
+    @classmethod
+    def start(cls) -> "Losses":
+        zero, most = jnp.zeros([], jnp.float32), jnp.full([], jnp.finfo(jnp.float32).max)
+        return cls(jnp.zeros([], jnp.int32), zero, zero, most, zero)
+
+
+def watched(losses: Losses, gain: jax.Array, value: jax.Array, patience: int) -> tuple[Losses, jax.Array]:
+    """The losses with that of one more batch, before its step, and the gain for the next.
+
+    A run is of ``patience / gain`` batches: shorter steps take longer to show. After each the gain is
+    multiplied by 0.7 if its mean is above that of the run before, and by 1.25 if it is below by more
+    than a standard error; between 0.05 and 1.
+    """
+    count = losses.count + 1
+    mean = losses.mean + (value - losses.mean) / count
+    squares = losses.squares + (value - losses.mean) * (value - mean)
+    error = squares / jnp.square(jnp.float32(count))
+    rise = mean - losses.before
+    factor = jnp.where(rise < -jnp.sqrt(error + losses.error), LONGER, 1)
+    factor = jnp.where(rise > 0, SHORTER, factor)
+    full = count >= patience / gain
+    begun = Losses(count, mean, squares, losses.before, losses.error)
+    next_run = Losses.start()._replace(before=mean, error=error)
+    losses = jax.tree.map(lambda new, old: jnp.where(full, new, old), next_run, begun)
+    return losses, jnp.where(full, jnp.clip(gain * factor, LEAST, 1), gain)
