@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 SHORTER, LONGER, LEAST = 0.7, 1.25, 0.05
 
@@ -14,6 +15,7 @@ class Losses(NamedTuple):
     Attributes:
       count, mean: how many there are so far, and their mean.
       squares: the sum of squares of their differences from the mean.
+      runs: how many runs are behind.
       before: the mean of the run before.
       error: the square of its standard error.
     """
@@ -21,13 +23,14 @@ class Losses(NamedTuple):
     count: jax.Array
     mean: jax.Array
     squares: jax.Array
+    runs: jax.Array
     before: jax.Array
     error: jax.Array
 
     @classmethod
     def start(cls) -> "Losses":
-        zero, most = jnp.zeros([], jnp.float32), jnp.full([], jnp.finfo(jnp.float32).max)
-        return cls(jnp.zeros([], jnp.int32), zero, zero, most, zero)
+        none, zero = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32)
+        return cls(none, zero, zero, none, zero, zero)
 
 
 def watched(losses: Losses, gain: jax.Array, value: jax.Array, patience: int) -> tuple[Losses, jax.Array]:
@@ -41,11 +44,10 @@ def watched(losses: Losses, gain: jax.Array, value: jax.Array, patience: int) ->
     mean = losses.mean + (value - losses.mean) / count
     squares = losses.squares + (value - losses.mean) * (value - mean)
     error = squares / jnp.square(jnp.float32(count))
-    rise = mean - losses.before
+    rise = jnp.where(losses.runs > 0, mean - losses.before, 0)
     factor = jnp.where(rise < -jnp.sqrt(error + losses.error), LONGER, 1)
     factor = jnp.where(rise > 0, SHORTER, factor)
     full = count >= patience / gain
-    begun = Losses(count, mean, squares, losses.before, losses.error)
-    next_run = Losses.start()._replace(before=mean, error=error)
-    losses = jax.tree.map(lambda new, old: jnp.where(full, new, old), next_run, begun)
-    return losses, jnp.where(full, jnp.clip(gain * factor, LEAST, 1), gain)
+    begun = losses._replace(count=count, mean=mean, squares=squares)
+    next_run = Losses.start()._replace(runs=losses.runs + 1, before=mean, error=error)
+    return optax.tree.where(full, next_run, begun), jnp.where(full, jnp.clip(gain * factor, LEAST, 1), gain)
