@@ -55,7 +55,7 @@ def test_donated_steps_are_the_same_steps(method):
     for kept, given in zip(
         *(jax.tree.leaves(train(method, donate)) for donate in (False, True)), strict=True
     ):
-        np.testing.assert_allclose(kept, given, rtol=1e-5)  # two programs, compiled apart
+        np.testing.assert_allclose(kept, given, rtol=1e-6)  # two programs, compiled apart
 
 
 def test_a_warm_start_can_be_donated():
