@@ -12,6 +12,7 @@ from kfqn_optax.bench._faults.command import faults
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import parse_options
 from kfqn_optax.bench._output.figure import require_matplotlib
+from kfqn_optax.bench._output.record import settings_of
 from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._plot import save_plot
 from kfqn_optax.bench._problems import PROBLEMS
@@ -83,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _report(runs: list[Run], options: argparse.Namespace, title: str) -> None:
     print_table(results_table(runs, title, options.target))
-    save_json(runs, vars(options), options.out / f"{options.problem}.json")
+    save_json(runs, settings_of(options), options.out / f"{options.problem}.json")
     save_plot(runs, title, options.out / f"{options.problem}.png")
     print(f"saved {options.problem}.json and {options.problem}.png in {options.out}")
 

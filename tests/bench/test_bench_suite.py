@@ -48,6 +48,7 @@ def test_suite_makes_a_table_a_plot_and_a_json_with_what_is_promised(small_task,
     output = capsys.readouterr().out
     content = results(tmp_path)
     assert content["settings"]["target"] == {"curves": 8}
+    assert str(tmp_path) not in json.dumps(content)
     environment = content["environment"]
     packages = {"kfqn_optax", "jax", "jaxlib", "flax", "optax", "numpy", "python"}
     assert set(environment["versions"]) == packages

@@ -1,10 +1,19 @@
 """Records as JSON files."""
 
+import argparse
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+FOLDERS = ("data_dir", "out")
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a command but for its folders: a record is the same wherever it is made."""
+    return {name: value for name, value in vars(options).items() if name not in FOLDERS}
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -10,6 +10,7 @@ from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._output.figure import require_matplotlib
 from kfqn_optax.bench._output.progress import progress_bars
+from kfqn_optax.bench._output.record import settings_of
 from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._suite.curve import Curve, Trial
 from kfqn_optax.bench._suite.interleave import run_interleaved
@@ -42,7 +43,7 @@ def suite(arguments: Sequence[str]) -> int:
             status = 130
         if results[name]:
             _report(name, task, options, results[name])
-        save_json(results, metrics, vars(options), options.out / "suite.json")
+        save_json(results, metrics, settings_of(options), options.out / "suite.json")
         if status:
             break
     print(f"saved suite.json and the plots in {options.out}")

@@ -13,7 +13,7 @@ from kfqn_optax.bench._errors import UserError
 from kfqn_optax.bench._folder import prepare_folder
 from kfqn_optax.bench._options import Parser, known, positive
 from kfqn_optax.bench._output.environment import environment
-from kfqn_optax.bench._output.record import write_json
+from kfqn_optax.bench._output.record import settings_of, write_json
 from kfqn_optax.bench._output.table import print_table
 from kfqn_optax.bench._problems import PROBLEMS, Problem
 from kfqn_optax.bench._quick import quick_jit
@@ -107,6 +107,6 @@ def _save(outcomes: Sequence[Outcome], options: argparse.Namespace) -> None:
         outcome._asdict() | {"ratio_to_median": ratio, "diverged": outcome.diverged}
         for outcome, ratio in zip(outcomes, ratios(outcomes), strict=True)
     ]
-    content = {"settings": vars(options), "environment": environment(), "rows": records}
+    content = {"settings": settings_of(options), "environment": environment(), "rows": records}
     write_json(content, options.out / "sweep.json")
     print(f"saved sweep.json in {options.out}")
