@@ -50,7 +50,7 @@ def learn(
 
     def look():
         batch = _batch(method, present, curvature, sane)
-        with jax.default_matmul_precision(method.precision):
+        with method.precise():
             dampings = _split(method, present, state, batch, damping)
             sides, rest = _observe(method, present, state, grads, batch, dampings, curvature, sane)
         return sides, rest, batch, dampings

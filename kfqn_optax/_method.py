@@ -1,5 +1,6 @@
 """What the user of ``scale_by_kfqn`` chose."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -48,3 +49,13 @@ class Method(NamedTuple):
     @property
     def without_momentum(self) -> bool:
         return isinstance(self.momentum, (int, float)) and self.momentum == 0
+
+    def precise(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of products of the algebra, and of the rule's passes over the model.
+
+        A CPU's products of floats are exact anyway. Marked as such they would be others to XLA than those
+        of the gradient's pass, and a rule that looks at the same examples would not share them.
+        """
+        if self.precision == "highest" and jax.default_backend() == "cpu":
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.precision)

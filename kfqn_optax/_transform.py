@@ -150,12 +150,12 @@ def scale_by_kfqn(
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
         usual, sane = look(state.usual, curvature, updates, sane, method.leaves_out)
         sides, rest, batch, dampings = learn(method, present, state, updates, curvature, damping, sane)
-        with jax.default_matmul_precision(precision):
+        with method.precise():
             average = _average(method, state, updates, sane)
             direction = _precondition(present, method, sides, rest, average, damping)
             sane &= jnp.isfinite(inner(average, direction))
         proposal = Proposal(raw, average, direction, step_length, damping, curvature)
-        with jax.default_matmul_precision(precision):
+        with method.precise():
             step, rule_state = method.rule.propose(state.rule, proposal)
         sane &= all_finite(step)
         step = jax.tree.map(lambda d: jnp.where(sane, d, 0), step)
@@ -291,12 +291,12 @@ def _second_pass(
     value_dtype = jnp.asarray(curvature.value)
 
     def look(sides):
-        with jax.default_matmul_precision(method.precision):
+        with method.precise():
             asking = Layers(tuple(x for x in present if method.inputs[x.name].query), (), "")
             vectors = each(asking, method.inputs, "query", sides.inputs, batch.inputs)
         end = curvature.after(update, homogeneous(asking, method.layers, vectors))
         after = view(present, end.statistics, method.dtype_of)
-        with jax.default_matmul_precision(method.precision):
+        with method.precise():
             ends = of_inputs(after), of_outputs(after)
             inputs = each(
                 present, method.inputs, "update", sides.inputs, batch.inputs, ends[0], dampings.inputs
