@@ -335,6 +335,18 @@ def test_the_loss_after_a_step_is_one_forward_pass():
     near(flops(value_at, small.params, small.x), products(small)[0])
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="products of another precision on accelerators")
+def test_a_rule_that_sees_all_rows_shares_the_forward_pass_of_the_gradient():
+    small = marked(1024)
+    layers = kfqn.find_layers(Net((128,) * 4), {"params": small.params}, small.x)
+
+    def counted(precision):
+        tx = kfqn.kfac(1.0, layers, step_rule=kfqn.quadratic(rows=1024), precision=precision)
+        return flops(train_step(small, tx), small.params, tx.init(small.params), small.x)
+
+    near(counted("float32") - counted("highest"), products(small)[0])
+
+
 def test_a_convolution_s_moment_is_of_some_examples():
     """Twice 4096 rows times d_in^2, however many examples there are: the patches, and A."""
     model, x = nn.Conv(4, (3, 3)), jnp.ones((64, 16, 16, 8))
