@@ -78,7 +78,8 @@ def kbfgs(
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
       factor_mesh: each device of this mesh holds, and updates, its share of the factors; None for all on
         every device. A ``jax.sharding.Mesh``.
-      precision: precision of the factor algebra, as in ``jax.default_matmul_precision``.
+      precision: of products of the factor algebra and of the step rule's passes over the model, as in
+        ``jax.default_matmul_precision``.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
