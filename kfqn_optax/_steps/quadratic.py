@@ -12,7 +12,7 @@ from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide, wide_dtype
 from kfqn_optax._steps.gain import Losses, watched
 from kfqn_optax._steps.rule import StepRule
 
-GOOD, POOR = 0.75, 0.25
+GOOD, POOR, FAILED = 0.75, 0.25, 0.1
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 LONGER, FORGET_LENGTH = 2.0, 0.8
@@ -75,6 +75,7 @@ def quadratic(
     every ``every`` steps a ratio of actual to predicted change above 3/4 multiplies it by rate^every, one
     below 1/4 divides it by that. A step along which the loss rose is shortened to the minimum of the
     parabola through what is known, half of it at most; one after which the loss is not finite is not made.
+    Where less than a tenth of a step is left, the damping rises at once.
 
     The model knows its own batch alone, and its steps suit the others less and less as the gradients
     become noise. So the losses of the batches, before their steps, are watched: where the mean of
@@ -181,7 +182,7 @@ def quadratic(
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
         factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
-        look = (state.count + 1) % every == 0
+        look = ((state.count + 1) % every == 0) | (share < FAILED)
         losses, gain = state.losses, state.gain
         if patience is not None:
             losses, gain = watched(losses, gain, usual(state, curvature), patience)

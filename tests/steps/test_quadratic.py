@@ -210,6 +210,35 @@ def test_steps_are_shorter_where_new_batches_have_larger_losses(rise, patience, 
         np.testing.assert_allclose(made, gain * full, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("wall", "looks"), [(1.0, 0), (100.0, 3)])
+def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, looks):
+    """The loss is higher by a wall everywhere but where the parameters are, which no derivative tells."""
+    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
+    x = jax.random.normal(jax.random.key(0), (32, 3))
+    start = quick_jit(model.init)(jax.random.key(1), x)["params"]
+    layers = kfqn.find_layers(model, {"params": start}, x)
+
+    def loss_fn(params):
+        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
+        moved = (params["layers_0"]["bias"] != start["layers_0"]["bias"]).any()
+        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + wall * moved
+
+    value_and_grad, tx = kfqn.value_and_grad(loss_fn, layers), kfqn.kfac(1.0, layers)
+
+    @quick_jit
+    def step(state):
+        _, grads, curvature = value_and_grad(start)
+        return tx.update(grads, state, start, curvature=curvature)[1]
+
+    state = tx.init(start)
+    for _ in range(3):
+        state = step(state)
+        rule = state[0].rule
+        assert rule.ratio == -1
+        assert (rule.share < 0.1) == bool(looks)
+    assert rule.scale == pytest.approx(0.7 ** (-5 * looks))
+
+
 def test_no_step_is_longer_than_twice_those_before():
     training = Training()
     longest = []
