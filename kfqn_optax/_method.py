@@ -53,8 +53,9 @@ class Method(NamedTuple):
     def precise(self) -> contextlib.AbstractContextManager[Any]:
         """The context of products of the algebra, and of the rule's passes over the model.
 
-        A CPU's products of floats are exact anyway. Marked as such they would be others to XLA than those
-        of the gradient's pass, and a rule that looks at the same examples would not share them.
+        A CPU multiplies at full precision whatever is asked for. But XLA takes products that ask for it for
+        others than those of the gradient's pass, and a rule that looks at the same examples would make them
+        again: there nothing is asked for.
         """
         if self.precision == "highest" and jax.default_backend() == "cpu":
             return contextlib.nullcontext()

@@ -182,14 +182,14 @@ def quadratic(
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
         factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
-        look = ((state.count + 1) % every == 0) | (share < FAILED)
+        due = ((state.count + 1) % every == 0) | (share < FAILED)
         losses, gain = state.losses, state.gain
         if patience is not None:
             losses, gain = watched(losses, gain, usual(state, curvature), patience)
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=state.count + 1,
-            scale=jnp.where(look, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
+            scale=jnp.where(due, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
             level=level_of(state, curvature),
             gain=gain,
             losses=losses,

@@ -210,8 +210,8 @@ def test_steps_are_shorter_where_new_batches_have_larger_losses(rise, patience, 
         np.testing.assert_allclose(made, gain * full, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("wall", "looks"), [(1.0, 0), (100.0, 3)])
-def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, looks):
+@pytest.mark.parametrize(("wall", "rises"), [(1.0, 0), (100.0, 3)])
+def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
     """The loss is higher by a wall everywhere but where the parameters are, which no derivative tells."""
     model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
     x = jax.random.normal(jax.random.key(0), (32, 3))
@@ -235,8 +235,8 @@ def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, looks):
         state = step(state)
         rule = state[0].rule
         assert rule.ratio == -1
-        assert (rule.share < 0.1) == bool(looks)
-    assert rule.scale == pytest.approx(0.7 ** (-5 * looks))
+        assert (rule.share < 0.1) == bool(rises)
+    assert rule.scale == pytest.approx(0.7 ** (-5 * rises))
 
 
 def test_no_step_is_longer_than_twice_those_before():
