@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,8 +10,17 @@ import jax.numpy as jnp
 
 from kfqn_optax._capture.layers import Layer, Layers
 from kfqn_optax._divided import over_devices
+from kfqn_optax._returned import check_returned
 from kfqn_optax._sides.inverse import BLOCK, inverse
 from kfqn_optax._sides.side import Side
+
+RETURNS = {
+    "apply": (1, "H x"),
+    "observe": (0, "the state"),
+    "start": (0, "the state"),
+    "update": (0, "the state"),
+}
+"""Which of its arguments a function of a side returns another value of, and what it is."""
 
 
 def copied(layer: Layer, state: Any) -> Any:
@@ -39,13 +49,22 @@ def each(
         for _ in first.copies:
             mapped = jax.vmap(mapped)
         if len(members) == 1:
-            values[first.name] = mapped(*given)
+            values[first.name] = _called(function, mapped, given)
             continue
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(given for _, given in members))
-        together = jax.vmap(mapped)(*stacked)
+        together = _called(function, jax.vmap(mapped), stacked)
         for i, (layer, _) in enumerate(members):
             values[layer.name] = jax.tree.map(operator.itemgetter(i), together)
     return values
+
+
+def _called(function: str, mapped: Callable[..., Any], given: list[Any]) -> Any:
+    """What the function of a side returns, and an error where a side must not return that."""
+    value = mapped(*given)
+    if function in RETURNS:
+        place, what = RETURNS[function]
+        check_returned(f"Side.{function}", value, given[place], what)
+    return value
 
 
 def _over_copies(layer: Layer, argument: Any) -> Any:

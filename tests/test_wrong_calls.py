@@ -4,6 +4,8 @@ A table: for each wrong call the type of its error and what its message, or a no
 raised while tracing: nothing is compiled.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -490,6 +492,107 @@ UPDATE = {
     ),
     "parameters for it": (update(state=lambda: PARAMS), ValueError, STATED, "a dict", AGAIN),
 }
+
+
+class Lasting(NamedTuple):
+    steps: jax.Array
+
+
+def ruled(**functions):
+    """An update with a step rule of one's own, some functions of which are wrong."""
+    rule = kfqn.StepRule(
+        init=lambda params: Lasting(jnp.zeros([])),
+        propose=lambda state, proposal: (proposal.direction, state),
+        review=lambda state, outcome: (1.0, state),
+    )
+    return update(kfqn.kfac(1.0, LAYERS, step_rule=rule._replace(**functions)))
+
+
+def sided(**functions):
+    """An update with an output side of one's own, some functions of which are wrong."""
+    own = kfqn.secant(kfqn.bfgs, kfqn.dp_dlm, decay=0.9, mu1=0.2)._replace(**functions)
+    inputs = kfqn.hessian_action(decay=0.9)
+    tx = kfqn.scale_by_kfqn(
+        LAYERS, input_side=lambda layer: inputs, output_side=lambda layer: own, probe_step=0.1
+    )
+    return update(tx)
+
+
+def factored(rule=kfqn.dp_dlm, **functions):
+    """An update with an inverse factor or a damping rule of one's own that is wrong."""
+    side = kfqn.secant(kfqn.bfgs._replace(**functions), rule, decay=0.9, mu1=0.2)
+    return sided(**side._asdict())
+
+
+PARTS = {
+    "one value of two": (
+        ruled(propose=lambda state, proposal: state),
+        TypeError,
+        "StepRule.propose",
+        "(step, state)",
+    ),
+    "a step of another tree": (
+        ruled(propose=lambda state, proposal: (jax.tree.leaves(proposal.direction), state)),
+        TypeError,
+        "StepRule.propose returned ([float32[",
+        "(step, state)",
+    ),
+    "a step of another shape": (
+        ruled(propose=lambda state, proposal: (jax.tree.map(jnp.sum, proposal.direction), state)),
+        TypeError,
+        "StepRule.propose returned float32[] at [0]['",
+        "must return (step, state)",
+    ),
+    "a state of another kind": (
+        ruled(review=lambda state, outcome: (1.0, tuple(state))),
+        TypeError,
+        "StepRule.review returned (1.0, (float32[],))",
+        "(share, state)",
+        "Lasting(steps=float32[])",
+    ),
+    "no state": (ruled(review=lambda state, outcome: 1.0), TypeError, "StepRule.review returned 1.0"),
+    "a share of each layer": (
+        ruled(review=lambda state, outcome: (jnp.ones(2), state)),
+        TypeError,
+        "StepRule.review returned float32[2] at [0]",
+    ),
+    "a damping of each layer": (
+        ruled(damping=lambda state, given, curvature: jnp.ones(2)),
+        TypeError,
+        "StepRule.damping returned float32[2], but it must return one number",
+    ),
+    "H x of another shape": (
+        sided(apply=lambda state, x: x[0]),
+        TypeError,
+        "Side.apply returned float32[",
+        "H x",
+    ),
+    "a side's state": (
+        sided(update=lambda state, before, after, damping: state.factor),
+        TypeError,
+        "Side.update returned float32[",
+        "the state",
+        "SecantState(",
+    ),
+    "a factor's state": (
+        factored(update=lambda state, s, y: state[0]),
+        TypeError,
+        "InverseFactor.update returned float32[",
+        "the state",
+    ),
+    "a factor's H x": (
+        factored(apply=lambda state, x: x.sum(0)),
+        TypeError,
+        "returned float32[",
+        "H x",
+    ),
+    "one vector of a damping rule": (
+        factored(rule=lambda s, y, hy, mu1, mu2: y),
+        TypeError,
+        "the damping rule returned float32[",
+        "(s, y)",
+    ),
+}
 INIT = {
     **{
         f"{text}, {make.__name__}": (
@@ -659,6 +762,7 @@ TABLES = [  # what all the messages of a table hold, and the table
     ("kfqn.", OTHERS),
     ("curvature", ASKED),
     ("kfqn: ", UPDATE),
+    ("kfqn: ", PARTS),
     ("init", INIT),
     ("kfqn", CONSTANTS),
     ("kfqn.warm_start", WARM),

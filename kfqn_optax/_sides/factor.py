@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._numerics import all_finite, safe_divide
+from kfqn_optax._returned import check_returned
 
 
 class InverseFactor(NamedTuple):
@@ -71,15 +72,19 @@ def take_pair(
     """
     s, y = pair
     hy = factor.apply(state, y)
+    check_returned("InverseFactor.apply", hy, y, "H x")
     undamped = s @ y
     curvature = y @ hy
     ratio = safe_divide(undamped, curvature)
     indefinite = valid & (curvature < 0)
     if rule is not None:
-        s, y = rule(s, y, hy)
+        damped = rule(s, y, hy)
+        check_returned("the damping rule", damped, (s, y), "(s, y)")
+        s, y = damped
     sy = s @ y
     enough = (sy > 0) & (sy > 1e-4 * (s @ s) * jnp.linalg.norm(gate))
     candidate = factor.update(state, s, y)
+    check_returned("InverseFactor.update", candidate, state, "the state")
     take = valid & enough & ~indefinite & all_finite(candidate)
     outcome = jnp.stack([take, take & (sy != undamped), ~take])
     pairs = PairCounts(

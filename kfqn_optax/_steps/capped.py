@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import inner, safe_divide
-from kfqn_optax._steps.rule import StepRule
+from kfqn_optax._steps.rule import StepRule, checked
 
 
 class CappedState(NamedTuple):
@@ -54,4 +54,4 @@ def capped(kappa: float | None) -> StepRule:
 
 def as_rule(step_rule: StepRule | float | None) -> StepRule:
     """A number is the kappa of :func:`capped`, and None the papers' step."""
-    return step_rule if isinstance(step_rule, StepRule) else capped(step_rule)
+    return checked(step_rule) if isinstance(step_rule, StepRule) else capped(step_rule)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.curvature import Curvature
+from kfqn_optax._returned import check_returned
 
 
 class Proposal(NamedTuple):
@@ -104,3 +105,24 @@ class StepRule(NamedTuple):
     damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
     due: Callable[[Any], jax.Array] = never
     wary: bool = False
+
+
+def checked(rule: StepRule) -> StepRule:
+    """The rule with an error where one of its functions returns something else than it must."""
+
+    def damping(state, given, curvature):
+        value = rule.damping(state, given, curvature)
+        check_returned("StepRule.damping", value, given, "one number")
+        return value
+
+    def propose(state, proposal):
+        returned = rule.propose(state, proposal)
+        check_returned("StepRule.propose", returned, (proposal.direction, state), "(step, state)")
+        return returned
+
+    def review(state, outcome):
+        returned = rule.review(state, outcome)
+        check_returned("StepRule.review", returned, (outcome.value, state), "(share, state)")
+        return returned
+
+    return rule._replace(damping=damping, propose=propose, review=review)
