@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kfqn_optax._numerics import one_by_one
 
 BLOCK = 64
-SMALL = 512
+SMALL = 256
 
 
 def by_cholesky(matrix: jax.Array) -> jax.Array:
@@ -76,7 +76,7 @@ _inverse = one_by_one(by_cholesky, on_cpu=by_halves)
 def inverse(matrix: jax.Array) -> jax.Array:
     """matrix^-1, NaN unless the matrix is positive definite. (d, d).
 
-    On a CPU by halves and, up to 512 rows, by block elimination (Gauss and Jordan): matrix products but
+    On a CPU by halves and, up to 256 rows, by block elimination (Gauss and Jordan): matrix products but
     for blocks of 64, many times faster there than the Cholesky factor and two triangular solves. On
     accelerators by these.
     """
