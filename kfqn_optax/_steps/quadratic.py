@@ -13,6 +13,7 @@ from kfqn_optax._steps.gain import Losses, watched
 from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR, FAILED = 0.75, 0.25, 0.1
+PLATEAU, LOWER = 0.005, 0.01
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 LONGER, FORGET_LENGTH = 2.0, 0.8
@@ -75,7 +76,9 @@ def quadratic(
     every ``every`` steps a ratio of actual to predicted change above 3/4 multiplies it by rate^every, one
     below 1/4 divides it by that. A step along which the loss rose is shortened to the minimum of the
     parabola through what is known, half of it at most; one after which the loss is not finite is not made.
-    Where less than a tenth of a step is left, the damping rises at once.
+    Where less than a tenth of a step is left, the damping rises at once. On a plateau, where the model
+    itself promises less than half a percent of the loss, it is the damping that holds the steps: it may
+    fall to a hundredth of ``floor`` there.
 
     The model knows its own batch alone, and its steps suit the others less and less as the gradients
     become noise. So the losses of the batches, before their steps, are watched: where the mean of
@@ -89,7 +92,7 @@ def quadratic(
     Args:
       every: steps from one change of the damping to the next.
       rate: in (0, 1]; 1 for no change.
-      floor, ceiling: bounds of ``scale``.
+      floor, ceiling: bounds of ``scale``, but on a plateau.
       trust: the longest step, as a part of the length of the parameters.
       patience: batches whose mean losses are compared; ``patience / gain`` of them once the steps are
         shorter. None keeps ``gain`` at 1, for a schedule of one's own.
@@ -164,8 +167,11 @@ def quadratic(
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
         a, c = proposal.learning_rate, minimum(matrix, slopes)
         longest, length = longest_step(state, curvature, jnp.sqrt(second)), jnp.sqrt(c @ gram @ c)
-        c = state.gain * c * jnp.where(length > longest, safe_divide(longest, length), 1)
+        c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
         length = jnp.minimum(length, longest)
+        promised = -(c @ slopes + 0.5 * c @ matrix @ c)
+        plateau = promised < PLATEAU * level_of(state, curvature)
+        c = state.gain * c
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
         update = jax.tree.map(lambda x: (-a * x).astype(x.dtype), step)
@@ -183,13 +189,14 @@ def quadratic(
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
         factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
         due = ((state.count + 1) % every == 0) | (share < FAILED)
+        least = jnp.where(plateau, LOWER * floor, floor)
         losses, gain = state.losses, state.gain
         if patience is not None:
             losses, gain = watched(losses, gain, usual(state, curvature), patience)
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=state.count + 1,
-            scale=jnp.where(due, jnp.clip(state.scale * factor, floor, ceiling), state.scale),
+            scale=jnp.where(due, jnp.clip(state.scale * factor, least, ceiling), state.scale),
             level=level_of(state, curvature),
             gain=gain,
             losses=losses,

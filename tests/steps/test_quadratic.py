@@ -239,6 +239,35 @@ def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
     assert rule.scale == pytest.approx(0.7 ** (-5 * rises))
 
 
+@pytest.mark.parametrize(("height", "least"), [(0.0, 0.2), (300.0, 0.002)])
+def test_the_damping_falls_below_its_floor_on_a_plateau_alone(height, least):
+    """Below a height of the loss that no parameter changes, a good step promises little of it."""
+    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
+    x = jax.random.normal(jax.random.key(0), (32, 3))
+    start = quick_jit(model.init)(jax.random.key(1), x)["params"]
+    layers = kfqn.find_layers(model, {"params": start}, x)
+
+    def loss_fn(params, height):
+        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
+        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + height
+
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+    tx = kfqn.kfac(1.0, layers, step_rule=kfqn.quadratic(every=1, rate=0.1, floor=0.2))
+
+    @quick_jit
+    def step(state, height):
+        _, grads, curvature = value_and_grad(start, height)
+        return tx.update(grads, state, start, curvature=curvature)[1]
+
+    state = tx.init(start)
+    for _ in range(5):
+        state = step(state, height)
+    rule = state[0].rule
+    assert rule.scale == pytest.approx(least)
+    behind = state[0]._replace(rule=rule._replace(level=jnp.ones([])))
+    assert step((behind, *state[1:]), 0.0)[0].rule.scale == pytest.approx(0.2)
+
+
 def test_no_step_is_longer_than_twice_those_before():
     training = Training()
     longest = []
