@@ -92,7 +92,7 @@ def quadratic(
     Args:
       every: steps from one change of the damping to the next.
       rate: in (0, 1]; 1 for no change.
-      floor, ceiling: bounds of ``scale``, but on a plateau.
+      floor, ceiling: bounds of ``scale``; a hundredth of ``floor`` on a plateau.
       trust: the longest step, as a part of the length of the parameters.
       patience: batches whose mean losses are compared; ``patience / gain`` of them once the steps are
         shorter. None keeps ``gain`` at 1, for a schedule of one's own.

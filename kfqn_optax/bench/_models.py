@@ -67,4 +67,4 @@ DISTRIBUTIONS: dict[Any, str] = {cross_entropy: "bernoulli", half_squared_error:
 
 def l2_term(params: Tree) -> jax.Array:
     """What the training loss adds: L2/2 times the squared norm of all kernels and biases."""
-    return 0.5 * L2 * optax.tree.vdot(params, params)
+    return 0.5 * L2 * jnp.asarray(optax.tree.vdot(params, params))
