@@ -177,24 +177,29 @@ def test_an_outlier_among_the_inputs_does_not_make_the_loss_explode():
     assert max(losses) < 2 * before
 
 
+def regression():
+    """A small network's parameters, its layers, and the loss of one batch."""
+    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
+    x = jax.random.normal(jax.random.key(0), (32, 3))
+    start = quick_jit(model.init)(jax.random.key(1), x)["params"]
+
+    def loss_fn(params):
+        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
+        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1)))
+
+    return start, kfqn.find_layers(model, {"params": start}, x), loss_fn
+
+
 @pytest.mark.parametrize(("rise", "patience", "gain"), [(0.0, 3, 1), (0.3, 3, 0.7**2), (0.3, None, 1)])
 def test_steps_are_shorter_where_new_batches_have_larger_losses(rise, patience, gain):
     """Whatever the model's success: the loss of each batch is the same function, the higher the later."""
-    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
-    x = jax.random.normal(jax.random.key(0), (32, 3))
-    params = quick_jit(model.init)(jax.random.key(1), x)["params"]
-    layers = kfqn.find_layers(model, {"params": params}, x)
-
-    def loss_fn(params, x, height):
-        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
-        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + height
-
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+    params, layers, loss_fn = regression()
+    value_and_grad = kfqn.value_and_grad(lambda params, height: loss_fn(params) + height, layers)
     tx = kfqn.kfac(1.0, layers, damping=0.1, step_rule=kfqn.quadratic(patience=patience))
 
     @quick_jit
     def step(params, state, height):
-        _, grads, curvature = value_and_grad(params, x, height)
+        _, grads, curvature = value_and_grad(params, height)
         updates, state = tx.update(grads, state, params, curvature=curvature)
         return updates, optax.apply_updates(params, updates), state
 
@@ -213,17 +218,13 @@ def test_steps_are_shorter_where_new_batches_have_larger_losses(rise, patience, 
 @pytest.mark.parametrize(("wall", "rises"), [(1.0, 0), (100.0, 3)])
 def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
     """The loss is higher by a wall everywhere but where the parameters are, which no derivative tells."""
-    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
-    x = jax.random.normal(jax.random.key(0), (32, 3))
-    start = quick_jit(model.init)(jax.random.key(1), x)["params"]
-    layers = kfqn.find_layers(model, {"params": start}, x)
+    start, layers, loss_fn = regression()
 
-    def loss_fn(params):
-        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
+    def walled(params):
         moved = (params["layers_0"]["bias"] != start["layers_0"]["bias"]).any()
-        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + wall * moved
+        return loss_fn(params) + wall * moved
 
-    value_and_grad, tx = kfqn.value_and_grad(loss_fn, layers), kfqn.kfac(1.0, layers)
+    value_and_grad, tx = kfqn.value_and_grad(walled, layers), kfqn.kfac(1.0, layers)
 
     @quick_jit
     def step(state):
@@ -242,16 +243,8 @@ def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
 @pytest.mark.parametrize(("height", "least"), [(0.0, 0.2), (300.0, 0.002)])
 def test_the_damping_falls_below_its_floor_on_a_plateau_alone(height, least):
     """Below a height of the loss that no parameter changes, a good step promises little of it."""
-    model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(1)])
-    x = jax.random.normal(jax.random.key(0), (32, 3))
-    start = quick_jit(model.init)(jax.random.key(1), x)["params"]
-    layers = kfqn.find_layers(model, {"params": start}, x)
-
-    def loss_fn(params, height):
-        z = kfqn.outputs(model.apply({"params": params}, x)[:, 0], "normal")
-        return jnp.mean(jnp.square(z - jnp.sin(3 * x).sum(1))) + height
-
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+    start, layers, loss_fn = regression()
+    value_and_grad = kfqn.value_and_grad(lambda params, height: loss_fn(params) + height, layers)
     tx = kfqn.kfac(1.0, layers, step_rule=kfqn.quadratic(every=1, rate=0.1, floor=0.2))
 
     @quick_jit
