@@ -13,7 +13,7 @@ from kfqn_optax._steps.gain import Losses, watched
 from kfqn_optax._steps.rule import StepRule
 
 GOOD, POOR, FAILED = 0.75, 0.25, 0.1
-PLATEAU, LOWER = 0.005, 0.01
+PLATEAU, LOWER = 0.005, 1e-4
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 LONGER, FORGET_LENGTH = 2.0, 0.8
@@ -78,7 +78,7 @@ def quadratic(
     parabola through what is known, half of it at most; one after which the loss is not finite is not made.
     Where less than a tenth of a step is left, the damping rises at once. On a plateau, where the model
     itself promises less than half a percent of the loss, it is the damping that holds the steps: it may
-    fall to a hundredth of ``floor`` there.
+    fall to a ten-thousandth of ``floor`` there.
 
     The model knows its own batch alone, and its steps suit the others less and less as the gradients
     become noise. So the losses of the batches, before their steps, are watched: where the mean of
@@ -92,7 +92,7 @@ def quadratic(
     Args:
       every: steps from one change of the damping to the next.
       rate: in (0, 1]; 1 for no change.
-      floor, ceiling: bounds of ``scale``; a hundredth of ``floor`` on a plateau.
+      floor, ceiling: bounds of ``scale``; a ten-thousandth of ``floor`` on a plateau.
       trust: the longest step, as a part of the length of the parameters.
       patience: batches whose mean losses are compared; ``patience / gain`` of them once the steps are
         shorter. None keeps ``gain`` at 1, for a schedule of one's own.
