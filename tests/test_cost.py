@@ -282,6 +282,31 @@ def test_forms_of_two_directions_on_an_eighth_of_the_rows():
     near(forms_flops(small, 128), forward + 2 * (input_gradients + weight_gradients))
 
 
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            x = jnp.tanh(nn.LayerNorm()(nn.Dense(x.shape[-1], use_bias=False)(x)))
+        return x
+
+
+@pytest.mark.parametrize("model", [None, Normed()], ids=["tanh", "LayerNorm"])
+def test_forms_on_all_rows_share_the_forward_pass_of_the_gradient(model):
+    small = marked(1024, model=model)
+
+    def forms(params, one, other, x):
+        _, grads, curvature = small.value_and_grad(params, x)
+        return grads, curvature.forms([one, other])
+
+    def gradient(params, one, other, x):
+        _, grads, _ = small.value_and_grad(params, x)
+        return grads, one, other
+
+    counted = [flops(f, small.params, small.params, small.params, small.x) for f in (forms, gradient)]
+    _, input_gradients, weight_gradients = products(small)
+    near(counted[0] - counted[1], 2 * (input_gradients + weight_gradients))
+
+
 class Body(nn.Module):
     @nn.compact
     def __call__(self, x, _):

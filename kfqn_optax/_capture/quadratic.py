@@ -91,16 +91,17 @@ def _in_pairs(
     along: Callable[[Any], jax.Array], start: list[jax.Array], moves: list[list[jax.Array]]
 ) -> Forms:
     def slope(move):
-        return lambda values: jax.jvp(along, (values,), (move,))[1]
+        return lambda values: jax.jvp(along, (values,), (move,))[::-1]
 
     lower = [
-        [jax.jvp(slope(one), (start,), (other,)) for other in moves[: i + 1]] for i, one in enumerate(moves)
+        [jax.jvp(slope(one), (start,), (other,), has_aux=True) for other in moves[: i + 1]]
+        for i, one in enumerate(moves)
     ]
     of_each = jnp.stack([row[0][0] for row in lower])
     entry = lambda i, j: lower[max(i, j)][min(i, j)][1]
     count = range(len(moves))
     matrix = jnp.stack([jnp.stack([entry(i, j) for j in count]) for i in count])
-    return Forms(along(start), of_each, matrix)
+    return Forms(lower[0][0][2], of_each, matrix)
 
 
 def _tangents(params: ArrayTree, direction: Any) -> list[Any]:
