@@ -91,6 +91,7 @@ def _in_pairs(
     along: Callable[[Any], jax.Array], start: list[jax.Array], moves: list[list[jax.Array]]
 ) -> Forms:
     def slope(move):
+        """values -> the slope along ``move``, and the loss, which is not computed apart."""
         return lambda values: jax.jvp(along, (values,), (move,))[::-1]
 
     lower = [
