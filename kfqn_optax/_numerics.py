@@ -67,7 +67,7 @@ def pooled(*trees: ArrayTree) -> list[list[jax.Array]]:
     return [join(own) for own in leaves]
 
 
-POOLED = 2**14  # numbers: XLA joins arrays one by one on a CPU, which takes long for more
+POOLED = 2**14  # numbers; on a CPU XLA joins arrays number by number, which takes long for more
 
 
 def ema(average: jax.Array, value: jax.Array, decay: float | jax.Array) -> jax.Array:
