@@ -1,7 +1,7 @@
 """The optimizers that users name: short chains over ``scale_by_kfqn``."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -275,7 +275,7 @@ def kfac(
     momentum: float = 0.0,
     decay: float = 0.85,
     inverse_every: int = 4,
-    statistics_rows: int | None = 250,
+    statistics_rows: int | Literal["auto"] | None = "auto",
     weight_decay: float = 0.0,
     mask: optax.Params | Callable[[Any], Any] | None = None,
     max_dim: int | None = None,
@@ -307,7 +307,9 @@ def kfac(
       inverse_every: steps from one update of A and G and of their inverses to the next; the first 30
         steps, in which they change most, make one each.
       statistics_rows: of how many examples A and G are taken in such a step, the first ones of the batch,
-        if ``value_and_grad`` has ``batch_argnums``; None for all.
+        if ``value_and_grad`` has ``batch_argnums``; None for all. "auto" for 250, and fewer where
+        convolutions give each example many rows: so many that the one with the most positions has 250
+        rows, and 32 at least.
       weight_decay: decoupled weight decay, as in ``optax.adamw``: multiplied by the learning rate, which is
         a thousand times Adam's here.
       mask, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.

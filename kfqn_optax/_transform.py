@@ -8,7 +8,7 @@ taught is forgotten (``_remembered``).
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from kfqn_optax._capture.parameters import (
 )
 from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
 from kfqn_optax._divided import check_mesh, divided, gathered, whole
-from kfqn_optax._learning import Sides, learn
+from kfqn_optax._learning import Sides, learn, usual_rows
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._method import Method
 from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, wide_dtype
@@ -53,7 +53,7 @@ def scale_by_kfqn(
     update_every: int = 1,
     learn_every: int = 1,
     others_decay: float | None = 0.95,
-    statistics_rows: int | None = None,
+    statistics_rows: int | Literal["auto"] | None = None,
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
@@ -80,7 +80,8 @@ def scale_by_kfqn(
       others_decay: parameters that belong to no layer are divided by the diagonal of the Gauss-Newton
         matrix plus lambda, averaged at this rate; None leaves them their averaged gradient.
       statistics_rows: of how many examples sides like :func:`fisher` take their statistics, the first
-        ones of the batch, if ``value_and_grad`` knows by ``batch_argnums`` what an example is.
+        ones of the batch, if ``value_and_grad`` knows by ``batch_argnums`` what an example is; None for
+        all. "auto" for 250, or for fewer with convolutions, see :func:`kfac`.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
       factor_mesh: each device of this mesh holds, and updates, its share of the factors; None for all on
         every device. Their sides are grown to multiples of the number of devices.
@@ -111,12 +112,14 @@ def scale_by_kfqn(
     """
     check_constants(probe_step=probe_step, damping=damping, momentum=momentum, update_every=update_every)
     check_constants(learn_every=learn_every)
-    check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
     check_factor_dtype(factor_dtype)
     check_mesh(factor_mesh)
     check_precision(precision)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
+    if isinstance(statistics_rows, str) and statistics_rows == "auto":
+        statistics_rows = usual_rows(layers)
+    check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
     method = Method(
         layers,
         inputs={layer.name: input_side(layer) for layer in layers},

@@ -37,12 +37,7 @@ VARIANTS = METHODS | {
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 every_variant = pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS)
 
-STATIC = {  # what optax.inject_hyperparams must not trace
-    "kbfgs": "groups",
-    "kbfgs_l": "memory",
-    "kfqn": "groups",
-    "kfac": "statistics_rows",
-}
+STATIC = {"kbfgs": "groups", "kbfgs_l": "memory", "kfqn": "groups"}  # what must not be traced
 
 IN, HIDDEN, OUT, ROWS = 3, 4, 2, 6
 LR = 0.1
@@ -302,13 +297,19 @@ def test_a_wrapped_method_keeps_its_state(method, wrapper):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_inject_hyperparams_needs_no_static_arguments_but_lengths(name):
-    check_state(inject(METHODS[name], STATIC[name]), problem())
+    check_state(inject(METHODS[name], STATIC.get(name, ())), problem())
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_inject_hyperparams_without_a_static_length_tells_what_to_write(name):
-    tx = inject(METHODS[name])
-    with pytest.raises(ValueError, match=f'static_args="{STATIC[name]}"'):
+@pytest.mark.parametrize(
+    ("name", "length", "settings"),
+    [
+        *((name, length, {}) for name, length in STATIC.items()),
+        ("kfac", "statistics_rows", {"statistics_rows": 9}),
+    ],
+)
+def test_inject_hyperparams_without_a_static_length_tells_what_to_write(name, length, settings):
+    tx = inject(METHODS[name], **settings)
+    with pytest.raises(ValueError, match=f'static_args="{length}"'):
         state = tx.init(problem().params)
         jax.eval_shape(problem().step(tx), problem().params, state, batch(0))
 

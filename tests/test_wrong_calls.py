@@ -691,6 +691,12 @@ CONSTANTS = {
         NUMBERS,
     ),
     "inverse_every": (constant("inverse_every", 0, kfqn.kfac), ValueError, "inverse_every=0", "at least 1"),
+    "statistics_rows": (
+        constant("statistics_rows", "half", kfqn.kfac),
+        TypeError,
+        "statistics_rows='half'",
+        "None for all, or 'auto'",
+    ),
     "memory": (constant("memory", 0, kfqn.kbfgs_l), ValueError, "memory=0", "at least 1"),
     "damping of kfqn": (constant("damping", -1.0, kfqn.kfqn), ValueError, "damping=-1.0", "positive"),
     "rule": (constant("step_rule", "quadratic"), TypeError, "step_rule='quadratic'", "kfqn.quadratic()"),

@@ -185,7 +185,7 @@ OPTAX: Mapping[str, Row] = {
     "`selective_transform`": Row(around(lambda tx: optax.selective_transform(tx, freeze_mask=BIAS))),
     "`inject_hyperparams`": Row(
         injected(optax.inject_hyperparams, LEARNING_RATE),
-        '`static_args=` `"statistics_rows"` (kfac), `"groups"` (kbfgs, kfqn), `"memory"` (kbfgs_l)',
+        '`static_args=` `"groups"` (kbfgs, kfqn), `"memory"` (kbfgs_l), a given `"statistics_rows"` (kfac)',
     ),
     "`inject_stateful_hyperparams`": Row(
         injected(optax.inject_stateful_hyperparams, optax.exponential_decay(LEARNING_RATE, 30, 0.5)),

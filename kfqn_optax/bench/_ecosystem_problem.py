@@ -18,7 +18,7 @@ METHODS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "kfac": kfqn.kfac,
     "kbfgs": kfqn.kbfgs,
 }
-STATIC = {"kfac": "statistics_rows", "kbfgs": "groups"}  # what optax.inject_hyperparams must not trace
+STATIC = {"kfac": (), "kbfgs": "groups"}  # what optax.inject_hyperparams must not trace
 
 
 class Losses(NamedTuple):

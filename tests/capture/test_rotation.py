@@ -68,3 +68,35 @@ def test_factors_are_made_of_the_first_batches_and_then_of_every_third(monkeypat
         changed.append(bool((before != now).any()))
         state = after
     assert changed == [True, True, True, True, False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("positions", "examples"),
+    [(1, 250), (4, 62), (20, 32)],
+    ids=["dense", "few positions", "many positions"],
+)
+def test_with_convolutions_factors_are_made_of_fewer_examples(positions, examples):
+    model = nn.Dense(2) if positions == 1 else nn.Conv(2, (2,))
+    x = jax.random.normal(jax.random.key(0), (300, 3) if positions == 1 else (300, positions, 3))
+    params = quick_jit(model.init)(jax.random.key(1), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+    loss_fn = lambda params, x: jnp.mean(kfqn.outputs(model.apply({"params": params}, x), "normal") ** 2)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=1)
+
+    def factors_of(**settings):
+        tx = kfqn.kfac(1.0, layers, **settings)
+
+        @quick_jit
+        def step(params, x):
+            _, grads, curvature = value_and_grad(params, x)
+            return tx.update(grads, tx.init(params), params, curvature=curvature)[1]
+
+        sides = step(params, x)[0]
+        return sides.inputs["."].second_moment, sides.outputs["."].second_moment
+
+    ours = factors_of()
+    for one, same, other in zip(
+        ours, factors_of(statistics_rows=examples), factors_of(statistics_rows=examples - 1), strict=True
+    ):
+        np.testing.assert_array_equal(one, same)
+        assert (one != other).any()
