@@ -302,7 +302,7 @@ def kfac(
       damping: lambda > 0 at the start. With :func:`quadratic` a number without units, which the rule
         multiplies by what has them. A number or a schedule.
       step_rule: :func:`quadratic`, or as for :func:`kbfgs`.
-      momentum: rate of an average of gradients. 0 with the quadratic rule, which has a momentum of its own.
+      momentum: rate of an average of gradients, at least; :func:`quadratic` has one of its own.
       decay: rate of the averages of A and G.
       inverse_every: steps from one update of A and G and of their inverses to the next; the first 30
         steps, in which they change most, make one each.

@@ -9,7 +9,7 @@ import optax
 
 from kfqn_optax._capture.layers import Layer, Layers
 from kfqn_optax._sides.side import Side
-from kfqn_optax._steps.rule import StepRule
+from kfqn_optax._steps.rule import StepRule, as_given
 
 
 class Method(NamedTuple):
@@ -48,7 +48,8 @@ class Method(NamedTuple):
 
     @property
     def without_momentum(self) -> bool:
-        return isinstance(self.momentum, (int, float)) and self.momentum == 0
+        given = isinstance(self.momentum, (int, float)) and self.momentum == 0
+        return given and self.rule.momentum is as_given
 
     def precise(self) -> contextlib.AbstractContextManager[Any]:
         """The context of products of the algebra, and of the rule's passes over the model.

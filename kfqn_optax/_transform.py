@@ -250,7 +250,8 @@ def _average(method: Method, state: ScaleByKfqnState, grads: ArrayTree, sane: ja
     """M; with momentum, without a gradient that is not finite."""
     if method.without_momentum:
         return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
-    average = jax.tree.map(lambda m, g: ema(m, g, method.momentum), state.momentum, grads)
+    rate = method.rule.momentum(state.rule, method.momentum)
+    average = jax.tree.map(lambda m, g: ema(m, g, rate), state.momentum, grads)
     return optax.tree.where(sane, average, state.momentum)
 
 

@@ -10,7 +10,8 @@ from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide, wide_dtype
 from kfqn_optax._steps.gain import Losses, watched
-from kfqn_optax._steps.rule import StepRule
+from kfqn_optax._steps.noise import Noise, followed
+from kfqn_optax._steps.rule import StepRule, as_given
 
 GOOD, POOR, FAILED = 0.75, 0.25, 0.1
 PLATEAU, LOWER = 0.005, 1e-4
@@ -29,6 +30,8 @@ class QuadraticState(NamedTuple):
       level: moving average of the magnitude of the loss, before this step.
       gain: the part of the model's step that the losses of new batches allow.
       losses: the losses that ``gain`` follows.
+      noise: how much of what the steps win the next batches lose.
+      momentum: rate of the average of gradients in the next step.
       alpha: coefficient of the preconditioned gradient in the last step.
       mu: coefficient of the update before, in the last step.
       length: moving average of the lengths of the model's steps.
@@ -42,6 +45,8 @@ class QuadraticState(NamedTuple):
     level: jax.Array
     gain: jax.Array
     losses: Losses
+    noise: Noise
+    momentum: jax.Array
     alpha: jax.Array
     mu: jax.Array
     length: jax.Array
@@ -57,6 +62,7 @@ def quadratic(
     ceiling: float = 1e6,
     trust: float = 0.5,
     patience: int | None = 20,
+    momentum: float = 0.7,
     rows: int | None = None,
 ) -> StepRule:
     """The step alpha d + mu delta that is best by a quadratic model, d = -H_a g H_g, delta the last update.
@@ -85,6 +91,11 @@ def quadratic(
     ``patience`` of them is above that of those before, ``gain``, the part of the model's step that is
     made, is multiplied by 0.7, and it grows again where they fall by more than their noise.
 
+    And where the next batch's loss shows that more than half of what a step won on its own batch was
+    noise, the direction is made of an average of gradients: the model, which knows one batch, would take
+    back a momentum of delta that helps all the others. Its rate is ``momentum (2 q - 1)``, with q the part
+    lost, 0 for a batch that is always the same and near 1 when an epoch of many batches wins little.
+
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
     follow: with those give ``rate=1.0``, which keeps ``scale`` at 1.
@@ -96,6 +107,7 @@ def quadratic(
       trust: the longest step, as a part of the length of the parameters.
       patience: batches whose mean losses are compared; ``patience / gain`` of them once the steps are
         shorter. None keeps ``gain`` at 1, for a schedule of one's own.
+      momentum: the rate of that average if nothing is left of what a step wins; 0 for none.
       rows: of how many examples C is taken and the loss looked at, the last ones of the batch, if
         ``value_and_grad`` knows by ``batch_argnums`` what an example is. None: of so many that the marked
         outputs of these are 100,000 numbers, and of 125 at least; of 500 at most if all marks are
@@ -112,7 +124,7 @@ def quadratic(
     their damping has no units, they do not limit the step's length nor look at new batches.
     """
     check_constants(every=every, rate=rate, floor=floor, ceiling=ceiling, trust=trust)
-    check_constants(patience=patience, rows=rows)
+    check_constants(patience=patience, momentum=momentum, rows=rows)
     if floor > ceiling:
         raise ValueError(f"kfqn.quadratic: floor={floor!r} is above ceiling={ceiling!r}. Lower the floor.")
 
@@ -125,6 +137,8 @@ def quadratic(
             level=zero,
             gain=one,
             losses=Losses.start(),
+            noise=Noise.start(),
+            momentum=zero,
             alpha=zero,
             mu=zero,
             length=zero,
@@ -190,9 +204,11 @@ def quadratic(
         factor = jnp.where(ratio > GOOD, rate**every, jnp.where(ratio < POOR, rate**-every, 1.0))
         due = ((state.count + 1) % every == 0) | (share < FAILED)
         least = jnp.where(plateau, LOWER * floor, floor)
+        value = usual(state, curvature)
+        noise = followed(state.noise, value, change, share == 1)
         losses, gain = state.losses, state.gain
         if patience is not None:
-            losses, gain = watched(losses, gain, usual(state, curvature), patience)
+            losses, gain = watched(losses, gain, value, patience)
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=state.count + 1,
@@ -200,6 +216,8 @@ def quadratic(
             level=level_of(state, curvature),
             gain=gain,
             losses=losses,
+            noise=noise,
+            momentum=momentum * jnp.maximum(2 * noise.part - 1, 0),
             alpha=-c[0],
             mu=c[1],
             length=lengths(state.length, length),
@@ -212,7 +230,8 @@ def quadratic(
         last = jax.tree.map(lambda u: jnp.where(made, u, 0), state.last)
         return made.astype(jnp.float32), state._replace(last=last)
 
-    return StepRule(init, propose, review, damping, wary=True)
+    rate_of = as_given if momentum == 0 else lambda state, given: jnp.maximum(given, state.momentum)
+    return StepRule(init, propose, review, damping, wary=True, momentum=rate_of)
 
 
 def minimum(matrix: jax.Array, slopes: jax.Array) -> jax.Array:

@@ -60,6 +60,12 @@ def _damping(state: Any, damping: jax.Array, curvature: Curvature) -> jax.Array:
     return damping
 
 
+def as_given(state: Any, momentum: float | jax.Array) -> float | jax.Array:
+    """The rate of the average of gradients that the user gave."""
+    del state
+    return momentum
+
+
 def never(state: Any) -> jax.Array:
     """The loss at the end of a step need not be known."""
     del state
@@ -84,6 +90,8 @@ class StepRule(NamedTuple):
         again is then met as before.
       wary: whether the rule itself bounds what one batch unlike the others can do. Batches far from what is
         usual are left out if it does not, and wherever batches are remembered in momentum or in pairs.
+      momentum: ``momentum(state, given) -> rate`` of the gradient's moving average in this step, from the
+        one that the user gave.
 
     Example:
       Half of every step, a rule of one's own:
@@ -105,6 +113,7 @@ class StepRule(NamedTuple):
     damping: Callable[[Any, jax.Array, Curvature], jax.Array] = _damping
     due: Callable[[Any], jax.Array] = never
     wary: bool = False
+    momentum: Callable[[Any, Any], Any] = as_given
 
 
 def checked(rule: StepRule) -> StepRule:
