@@ -89,7 +89,7 @@ def train(new_batches, **settings):
         params, state, grads = step(params, state, *batch(seed if new_batches else 0))
         rates.append(float(rate))
         if state[0].momentum != ():
-            average = jax.tree.map(lambda m, g: rate * m + (1 - rate) * g, average, grads)
+            average = jax.tree.map(lambda m, g, rate=rate: rate * m + (1 - rate) * g, average, grads)
             for ours, theirs in zip(*map(jax.tree.leaves, (state[0].momentum, average)), strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     return np.array(rates), state
