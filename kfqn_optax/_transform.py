@@ -252,7 +252,7 @@ def _average(method: Method, state: ScaleByKfqnState, grads: ArrayTree, sane: ja
         return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
     rate = method.rule.momentum(state.rule, method.momentum)
     average = jax.tree.map(lambda m, g: ema(m, g, rate), state.momentum, grads)
-    return optax.tree.where(sane, average, state.momentum)
+    return gathered(optax.tree.where(sane, average, state.momentum), method.factor_mesh)
 
 
 def _precondition(
