@@ -44,12 +44,15 @@ class Method(NamedTuple):
     @property
     def leaves_out(self) -> bool:
         """Whether a batch far from what is usual could do more than its share."""
-        return self.second_pass or not self.without_momentum or not self.rule.wary
+        return self.second_pass or not self.no_momentum_given or not self.rule.wary
+
+    @property
+    def no_momentum_given(self) -> bool:
+        return isinstance(self.momentum, (int, float)) and self.momentum == 0
 
     @property
     def without_momentum(self) -> bool:
-        given = isinstance(self.momentum, (int, float)) and self.momentum == 0
-        return given and self.rule.momentum is as_given
+        return self.no_momentum_given and self.rule.momentum is as_given
 
     def precise(self) -> contextlib.AbstractContextManager[Any]:
         """The context of products of the algebra, and of the rule's passes over the model.

@@ -37,7 +37,7 @@ from kfqn_optax._state import ScaleByKfqnState, check_state
 from kfqn_optax._steps.capped import as_rule
 from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, never
-from kfqn_optax._usual import UsualState, far, kept, look
+from kfqn_optax._usual import UsualState, believed, far, kept, look
 from kfqn_optax._views import homogeneous, of_inputs, of_outputs, view
 
 
@@ -247,11 +247,11 @@ def _whole(method: Method, present: Layers, state: ScaleByKfqnState) -> ScaleByK
 
 
 def _average(method: Method, state: ScaleByKfqnState, grads: ArrayTree, sane: jax.Array):
-    """M; with momentum, without a gradient that is not finite."""
+    """M; an average leaves out gradients that are not finite, and bounds the others."""
     if method.without_momentum:
         return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
-    rate = method.rule.momentum(state.rule, method.momentum)
-    average = jax.tree.map(lambda m, g: ema(m, g, rate), state.momentum, grads)
+    rate, part = method.rule.momentum(state.rule, method.momentum), believed(state.usual, grads)
+    average = jax.tree.map(lambda m, g: ema(m, (part * g).astype(m.dtype), rate), state.momentum, grads)
     return gathered(optax.tree.where(sane, average, state.momentum), method.factor_mesh)
 
 

@@ -8,7 +8,7 @@ import optax
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
-from kfqn_optax._numerics import OUTLIER, ema, inner
+from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide
 from kfqn_optax._steps.rule import Outcome
 
 RISE, FALL = 0.9, 0.99
@@ -63,6 +63,12 @@ def look(
 def kept(before: UsualState, after: UsualState, accept: jax.Array) -> UsualState:
     """A step left out changes nothing of it, but for an outlier: a lasting change is followed."""
     return optax.tree.where(accept | (after.outliers > before.outliers), after, before)
+
+
+def believed(state: UsualState, grads: ArrayTree) -> jax.Array:
+    """The part of a gradient that an average takes: no more of it than ten times the usual length."""
+    most, length = OUTLIER * state.sizes.gradient, jnp.sqrt(inner(grads, grads))
+    return jnp.where((most > 0) & (length > most), safe_divide(most, length), 1)
 
 
 def far(state: UsualState, outcome: Outcome) -> jax.Array:

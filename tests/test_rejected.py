@@ -12,6 +12,7 @@ import zoo
 from test_conformance import every_method
 
 import kfqn_optax as kfqn
+from kfqn_optax._usual import UsualState, believed
 from kfqn_optax.bench._quick import quick_jit
 
 x = jax.random.normal(jax.random.key(0), (12, 4))
@@ -130,3 +131,35 @@ def test_no_leaf_of_the_state_changes_where_the_second_pass_overflows(method, mo
     assert_same(after._replace(**counts), before)
     assert_same(same, params)
     assert not jnp.array_equal(jax.tree.leaves(step(params, state, 1e-3)[0])[0], jax.tree.leaves(params)[0])
+
+
+@pytest.mark.parametrize(
+    ("usual", "length", "part"),
+    [(2.0, 5.0, 1.0), (2.0, 50.0, 0.4), (0.0, 50.0, 1.0)],
+    ids=["usual", "long", "first"],
+)
+def test_an_average_of_gradients_takes_ten_times_the_usual_length_at_most(usual, length, part):
+    state = UsualState.start({"w": jnp.zeros(2)})
+    state = state._replace(sizes=state.sizes._replace(gradient=jnp.float32(usual)))
+    grads = {"w": length * jnp.array([0.6, 0.8])}
+    np.testing.assert_allclose(believed(state, grads), part, rtol=1e-6)
+
+
+def test_an_outlier_is_soon_forgotten_by_the_average_of_gradients():
+    tx, value_and_grad = kfqn.kfac(1.0, layers), kfqn.value_and_grad(loss_fn, layers)
+
+    @quick_jit
+    def step(state, factor):
+        _, grads, curvature = value_and_grad(start, x)
+        rule = state[0].rule._replace(momentum=jnp.float32(0.7))
+        state = (state[0]._replace(rule=rule), *state[1:])
+        grads = optax.tree.scale(factor, grads)
+        return *tx.update(grads, state, start, curvature=curvature), optax.tree.norm(grads)
+
+    state, norms = tx.init(start), []
+    for factor in (1.0, 1.0, 1.0, 1e8):
+        updates, state, norm = step(state, factor)
+        norms.append(norm)
+    assert norms[-1] > 1e7 * norms[0]
+    assert optax.tree.norm(state[0].momentum) < 10 * norms[0]
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
