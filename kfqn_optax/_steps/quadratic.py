@@ -94,7 +94,7 @@ def quadratic(
     And where the next batch's loss shows that more than half of what a step won on its own batch was
     noise, the direction is made of an average of gradients: the model, which knows one batch, would take
     back a momentum of delta that helps all the others. Its rate is ``momentum (2 q - 1)``, with q the part
-    lost, 0 for a batch that is always the same and near 1 when an epoch of many batches wins little.
+    lost: 0 for a batch that is always the same, near 1 where the next has nothing of what a step won.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
