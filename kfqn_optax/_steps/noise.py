@@ -37,8 +37,11 @@ class Noise(NamedTuple):
 
 
 def followed(noise: Noise, value: jax.Array, change: jax.Array, whole: jax.Array) -> Noise:
-    """With one more batch, of loss ``value``, which a step changes by ``change`` if ``whole`` is made."""
+    """With one more batch, of loss ``value``, which a step changes by ``change`` if ``whole`` is made.
+
+    The fall counts for no more than ``value``: the loss of an outlier is bounded, and so is what it wins.
+    """
     lost = jnp.where(noise.fall > 0, value - noise.after, 0)
-    fall = jnp.where(whole, jnp.maximum(-change, 0), 0)
+    fall = jnp.where(whole, jnp.clip(-change, 0, jnp.abs(value)), 0)
     new = Noise(value - fall, fall, ema(noise.won, noise.fall, FORGET), ema(noise.lost, lost, FORGET))
     return Noise(*(jnp.asarray(x, jnp.float32) for x in new))

@@ -27,7 +27,7 @@ def expected_parts(values, changes, whole):
     for value, change, all_of_it in zip(values, changes, whole, strict=True):
         won = 0.9 * won + 0.1 * fall
         lost = 0.9 * lost + 0.1 * (value - after if fall > 0 else 0)
-        fall = -change if all_of_it and change < 0 else 0.0
+        fall = min(-change, abs(value)) if all_of_it and change < 0 else 0.0
         after = value - fall
         found.append(np.clip(lost / won, 0, 1) if won > 0 else 0.0)
     return np.array(found)
@@ -35,7 +35,7 @@ def expected_parts(values, changes, whole):
 
 def test_the_part_that_is_noise_is_that_of_the_oracle():
     rng = np.random.default_rng(0)
-    values, changes = rng.uniform(1, 2, 50), rng.uniform(-1, 0.1, 50)
+    values, changes = rng.uniform(1, 2, 50), rng.uniform(-1.5, 0.1, 50)
     whole = rng.uniform(size=50) < 0.9
     np.testing.assert_allclose(
         parts(values, changes, whole), expected_parts(values, changes, whole), rtol=1e-4
