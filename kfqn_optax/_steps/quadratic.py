@@ -17,6 +17,7 @@ GOOD, POOR, FAILED = 0.75, 0.25, 0.1
 PLATEAU, LOWER = 0.005, 1e-4
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
+FEW = 32
 LONGER, FORGET_LENGTH = 2.0, 0.8
 
 
@@ -95,6 +96,8 @@ def quadratic(
     noise, the direction is made of an average of gradients: the model, which knows one batch, would take
     back a momentum of delta that helps all the others. Its rate is ``momentum (2 q - 1)``, with q the part
     lost: 0 for a batch that is always the same, near 1 where the next has nothing of what a step won.
+    Batches of fewer than 32 examples do without: of those the model may see no curvature along the
+    gradients of others.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
@@ -217,7 +220,7 @@ def quadratic(
             gain=gain,
             losses=losses,
             noise=noise,
-            momentum=momentum * jnp.maximum(2 * noise.part - 1, 0),
+            momentum=(0 if _few(curvature) else momentum) * jnp.maximum(2 * noise.part - 1, 0),
             alpha=-c[0],
             mu=c[1],
             length=lengths(state.length, length),
@@ -279,6 +282,11 @@ def _enough(curvature: Curvature) -> int | None:
         return None
     rows = max(LEAST, -(-OUTPUTS // curvature.outputs))
     return min(rows, ALIKE) if set(curvature.distributions) == {"normal"} else rows
+
+
+def _few(curvature: Curvature) -> bool:
+    """Whether the batch has so few examples that they may have no curvature along others' gradients."""
+    return curvature.examples is not None and curvature.examples * curvature.devices < FEW
 
 
 QUADRATIC = quadratic()
