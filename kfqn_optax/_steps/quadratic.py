@@ -1,5 +1,6 @@
 """The step of a quadratic model of the loss in two directions, and a damping that follows its success."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -220,7 +221,7 @@ def quadratic(
             gain=gain,
             losses=losses,
             noise=noise,
-            momentum=(0 if _few(curvature) else momentum) * jnp.maximum(2 * noise.part - 1, 0),
+            momentum=jnp.where(_few(curvature), 0, momentum * jnp.maximum(2 * noise.part - 1, 0)),
             alpha=-c[0],
             mu=c[1],
             length=lengths(state.length, length),
@@ -284,9 +285,15 @@ def _enough(curvature: Curvature) -> int | None:
     return min(rows, ALIKE) if set(curvature.distributions) == {"normal"} else rows
 
 
-def _few(curvature: Curvature) -> bool:
-    """Whether the batch has so few examples that they may have no curvature along others' gradients."""
-    return curvature.examples is not None and curvature.examples * curvature.devices < FEW
+def _few(curvature: Curvature) -> jax.Array | bool:
+    """Whether the batch has so few examples that they may have no curvature along others' gradients.
+
+    Where ``batch_argnums`` does not tell how many there are, by the rows of its layers.
+    """
+    if curvature.examples is not None:
+        return curvature.examples * curvature.devices < FEW
+    rows = (statistics.rows.max() for statistics in curvature.statistics.values())
+    return functools.reduce(jnp.maximum, rows, jnp.zeros([])) < FEW
 
 
 QUADRATIC = quadratic()

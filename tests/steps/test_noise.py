@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_or_not_whole_tells_nothing():
     )
 
 
-def train(new_batches, examples=48, **settings):
+def train(new_batches, examples=48, batch_argnums=(1, 2), **settings):
     """A linear regression of noisy labels; the rates of the average, and the state."""
     model, truth = nn.Dense(3), jax.random.normal(jax.random.key(0), (5, 3))
     params = quick_jit(model.init)(jax.random.key(1), jnp.ones((1, 5)))["params"]
@@ -69,7 +69,7 @@ def train(new_batches, examples=48, **settings):
     def loss_fn(params, x, y):
         return jnp.mean((kfqn.outputs(model.apply({"params": params}, x), "normal") - y) ** 2)
 
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=(1, 2))
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=batch_argnums)
     tx = kfqn.kfac(1.0, layers, step_rule=kfqn.quadratic(**settings))
 
     @quick_jit
@@ -106,9 +106,11 @@ def test_no_gradients_are_averaged_where_it_is_always_the_same_batch():
     np.testing.assert_array_equal(rates, 0)
 
 
-def test_no_gradients_are_averaged_where_a_batch_has_few_examples():
-    rates, _ = train(new_batches=True, examples=16)
-    np.testing.assert_array_equal(rates, 0)
+@pytest.mark.parametrize("batch_argnums", [(1, 2), None], ids=["counted", "not counted"])
+@pytest.mark.parametrize("examples", [16, 48])
+def test_gradients_are_averaged_where_batches_have_examples_enough(examples, batch_argnums):
+    rates, _ = train(new_batches=True, examples=examples, batch_argnums=batch_argnums)
+    assert (rates > 0).any() == (examples >= 32)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.9])
