@@ -1,6 +1,6 @@
 """How much of what a step wins on its batch is noise, as the batches after it show."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,9 @@ class Noise(NamedTuple):
     lost: jax.Array
 
     @classmethod
-    def start(cls) -> "Noise":
-        zero = jnp.zeros([], jnp.float32)
+    def start(cls, dtype: Any) -> "Noise":
+        """In the dtype of the parameters: in float32 rounding would show in steps of float64."""
+        zero = jnp.zeros([], dtype)
         return cls(zero, zero, zero, zero)
 
     @property
@@ -43,5 +44,4 @@ def followed(noise: Noise, value: jax.Array, change: jax.Array, whole: jax.Array
     """
     lost = jnp.where(noise.fall > 0, value - noise.after, 0)
     fall = jnp.where(whole, jnp.clip(-change, 0, jnp.abs(value)), 0)
-    new = Noise(value - fall, fall, ema(noise.won, noise.fall, FORGET), ema(noise.lost, lost, FORGET))
-    return Noise(*(jnp.asarray(x, jnp.float32) for x in new))
+    return Noise(value - fall, fall, ema(noise.won, noise.fall, FORGET), ema(noise.lost, lost, FORGET))

@@ -134,6 +134,7 @@ def quadratic(
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
+        wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         return QuadraticState(
             last=jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params),
             count=jnp.zeros([], jnp.int32),
@@ -141,8 +142,8 @@ def quadratic(
             level=zero,
             gain=one,
             losses=Losses.start(),
-            noise=Noise.start(),
-            momentum=zero,
+            noise=Noise.start(wide),
+            momentum=jnp.zeros([], wide),
             alpha=zero,
             mu=zero,
             length=zero,
@@ -152,7 +153,7 @@ def quadratic(
 
     def usual(state, curvature):
         """The loss, no further from 0 than ten times the level."""
-        now = jnp.asarray(curvature.value, jnp.float32)
+        now = jnp.asarray(curvature.value, wide_dtype(curvature.value))
         most = OUTLIER * state.level
         return jnp.where(state.level > 0, jnp.clip(now, -most, most), now)
 

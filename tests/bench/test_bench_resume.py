@@ -6,7 +6,7 @@ from kfqn_optax.bench._resume import command
 
 def test_a_killed_run_ends_as_one_that_was_not(capsys, monkeypatch):
     monkeypatch.setattr(command, "MOST_STEPS", 8)
-    assert main(["resume", "--methods", "kbfgs", "--kills", "1"]) == 0
+    assert main(["resume", "--methods", "kfac", "--kills", "1"]) == 0
     output = capsys.readouterr().out
     assert "bit-equal" in output
     assert "did not hold" not in output

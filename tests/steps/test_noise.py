@@ -18,7 +18,7 @@ def parts(values, changes, whole):
         return noise, noise.part
 
     seen = jnp.asarray(values, jnp.float32), jnp.asarray(changes, jnp.float32), jnp.asarray(whole)
-    return np.asarray(jax.lax.scan(step, Noise.start(), seen)[1])
+    return np.asarray(jax.lax.scan(step, Noise.start(jnp.float32), seen)[1])
 
 
 def expected_parts(values, changes, whole):
