@@ -561,6 +561,11 @@ PARTS = {
         TypeError,
         "StepRule.damping returned float32[2], but it must return one number",
     ),
+    "a momentum of each layer": (
+        ruled(momentum=lambda state, given: jnp.ones(2)),
+        TypeError,
+        "StepRule.momentum returned float32[2], but it must return one number",
+    ),
     "H x of another shape": (
         sided(apply=lambda state, x: x[0]),
         TypeError,

@@ -233,7 +233,8 @@ def quadratic(
     def review(state, outcome):
         made = outcome.sane & (state.share > 0)
         last = jax.tree.map(lambda u: jnp.where(made, u, 0), state.last)
-        return made.astype(jnp.float32), state._replace(last=last)
+        noise = state.noise._replace(fall=jnp.where(made, state.noise.fall, 0))
+        return made.astype(jnp.float32), state._replace(last=last, noise=noise)
 
     rate_of = as_given if momentum == 0 else lambda state, given: jnp.maximum(given, state.momentum)
     return StepRule(init, propose, review, damping, wary=True, momentum=rate_of)

@@ -124,6 +124,11 @@ def checked(rule: StepRule) -> StepRule:
         check_returned("StepRule.damping", value, given, "one number")
         return value
 
+    def momentum(state, given):
+        rate = rule.momentum(state, given)
+        check_returned("StepRule.momentum", rate, given, "one number")
+        return rate
+
     def propose(state, proposal):
         returned = rule.propose(state, proposal)
         check_returned("StepRule.propose", returned, (proposal.direction, state), "(step, state)")
@@ -134,4 +139,5 @@ def checked(rule: StepRule) -> StepRule:
         check_returned("StepRule.review", returned, (outcome.value, state), "(share, state)")
         return returned
 
-    return rule._replace(damping=damping, propose=propose, review=review)
+    own = as_given if rule.momentum is as_given else momentum
+    return rule._replace(damping=damping, momentum=own, propose=propose, review=review)
