@@ -84,11 +84,11 @@ def quadratic(
     that the first steps, in which the loss falls most and the deep layers know least, leave few ReLUs dead.
     It follows the model's success (Levenberg and Marquardt): the loss is looked at where the step ends, and
     after the third step and then every ``every`` a ratio of actual to predicted change above 3/4
-    multiplies it by rate^every, one below 1/4 divides it by that. A step along which the loss rose is shortened to the minimum of the
-    parabola through what is known, half of it at most; one after which the loss is not finite is not made.
-    Where less than a tenth of a step is left, the damping rises at once. On a plateau, where the model
-    itself promises less than half a percent of the loss, it is the damping that holds the steps: it falls
-    three times as fast there, and to a ten-thousandth of ``floor``.
+    multiplies it by rate^every, one below 1/4 divides it by that. A step along which the loss rose is
+    shortened to the minimum of the parabola through what is known, half of it at most; one after which the
+    loss is not finite is not made. Where less than a tenth of a step is left, the damping rises at once. On
+    a plateau, where the model itself promises less than half a percent of the loss, it is the damping that
+    holds the steps: it falls three times as fast there, and to a ten-thousandth of ``floor``.
 
     The model knows its own batch alone, and its steps suit the others less and less as the gradients
     become noise. So the losses of the batches, before their steps, are watched: where the mean of
@@ -193,7 +193,8 @@ def quadratic(
         c = c * jnp.where(length > longest, safe_divide(longest, length), 1)
         length = jnp.minimum(length, longest)
         promised = -(c @ slopes + 0.5 * c @ matrix @ c)
-        plateau = promised < PLATEAU * level_of(state, curvature)
+        value, level = usual(state, curvature), level_of(state, curvature)
+        plateau = promised < PLATEAU * jnp.minimum(jnp.abs(value), level)
         c = state.gain * c
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
@@ -215,7 +216,6 @@ def quadratic(
         count = state.count + 1
         due = (count % every == 0) | (count == FIRST) | (share < FAILED)
         least = jnp.where(plateau, LOWER * floor, floor)
-        value = usual(state, curvature)
         noise = followed(state.noise, value, change, share == 1)
         losses, gain = state.losses, state.gain
         if patience is not None:
@@ -224,7 +224,7 @@ def quadratic(
             last=jax.tree.map(shortly, update),
             count=count,
             scale=jnp.where(due, jnp.clip(state.scale * factor, least, ceiling), state.scale),
-            level=level_of(state, curvature),
+            level=level,
             gain=gain,
             losses=losses,
             noise=noise,

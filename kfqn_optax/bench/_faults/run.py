@@ -15,7 +15,7 @@ from kfqn_optax._sides import lbfgs
 from kfqn_optax.bench._faults.faults import Fault, Inputs
 
 IN, OUT, EXAMPLES, BATCH = 8, 4, 1_024, 64
-STEPS, WHEN = 200, 20
+STEPS, WHEN, LAST = 200, 20, 50  # of the steps the last ones get shorter: less noise in where they end
 
 MODEL = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(16), nn.tanh, nn.Dense(OUT)])
 
@@ -99,6 +99,7 @@ class Trainer:
             inputs = batch(k)
             if fault is not None and k == WHEN:
                 inputs = fault(inputs)
+            inputs = inputs._replace(rate=inputs.rate * min(1.0, (steps - k) / LAST))
             params, state = self._step(params, state, jax.tree.map(jnp.float32, inputs))
         told = kfqn.diagnostics(state)
         sides = [side for layer in told["layers"].values() for side in (layer["input"], layer["output"])]
