@@ -83,8 +83,8 @@ def quadratic(
     units of C, so that neither the loss's scale nor the parameters' matters. ``scale`` starts at 10, so
     that the first steps, in which the loss falls most and the deep layers know least, leave few ReLUs dead.
     It follows the model's success (Levenberg and Marquardt): the loss is looked at where the step ends, and
-    after the third step and then every ``every`` a ratio of actual to predicted change above 3/4
-    multiplies it by rate^every, one below 1/4 divides it by that. A step along which the loss rose is
+    every ``every`` steps, and once after three, a ratio of actual to predicted change above 3/4 multiplies
+    it by rate^every; one below 1/4 divides it by that, but after three. A step along which the loss rose is
     shortened to the minimum of the parabola through what is known, half of it at most; one after which the
     loss is not finite is not made. Where less than a tenth of a step is left, the damping rises at once. On
     a plateau, where the model itself promises less than half a percent of the loss, it is the damping that
@@ -214,7 +214,7 @@ def quadratic(
         less = jnp.where(plateau, rate ** (FASTER * every), rate**every)
         factor = jnp.where(ratio > GOOD, less, jnp.where(ratio < POOR, rate**-every, 1.0))
         count = state.count + 1
-        due = (count % every == 0) | (count == FIRST) | (share < FAILED)
+        due = (count % every == 0) | ((count == FIRST) & (ratio > GOOD)) | (share < FAILED)
         least = jnp.where(plateau, LOWER * floor, floor)
         noise = followed(state.noise, value, change, share == 1)
         losses, gain = state.losses, state.gain
