@@ -15,7 +15,7 @@ from kfqn_optax._steps.noise import Noise, followed
 from kfqn_optax._steps.rule import StepRule, as_given
 
 GOOD, POOR, FAILED = 0.75, 0.25, 0.1
-START, FIRST = 10.0, 3
+START, FIRST = 10.0, 2
 PLATEAU, LOWER, FASTER = 0.005, 1e-4, 3
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
@@ -83,8 +83,8 @@ def quadratic(
     units of C, so that neither the loss's scale nor the parameters' matters. ``scale`` starts at 10, so
     that the first steps, in which the loss falls most and the deep layers know least, leave few ReLUs dead.
     It follows the model's success (Levenberg and Marquardt): the loss is looked at where the step ends, and
-    every ``every`` steps, and once after three, a ratio of actual to predicted change above 3/4 multiplies
-    it by rate^every; one below 1/4 divides it by that, but after three. A step along which the loss rose is
+    every ``every`` steps, and once after two, a ratio of actual to predicted change above 3/4 multiplies
+    it by rate^every; one below 1/4 divides it by that, but after two. A step along which the loss rose is
     shortened to the minimum of the parabola through what is known, half of it at most; one after which the
     loss is not finite is not made. Where less than a tenth of a step is left, the damping rises at once. On
     a plateau, where the model itself promises less than half a percent of the loss, it is the damping that

@@ -215,7 +215,7 @@ def test_steps_are_shorter_where_new_batches_have_larger_losses(rise, patience, 
         np.testing.assert_allclose(made, gain * full, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("wall", "rises"), [(1.0, 0), (100.0, 3)])
+@pytest.mark.parametrize(("wall", "rises"), [(1.0, 0), (100.0, 2)])
 def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
     """The loss is higher by a wall everywhere but where the parameters are, which no derivative tells."""
     start, layers, loss_fn = regression()
@@ -232,7 +232,7 @@ def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
         return tx.update(grads, state, start, curvature=curvature)[1]
 
     state = tx.init(start)
-    for _ in range(3):
+    for _ in range(2):
         state = step(state)
         rule = state[0].rule
         assert rule.ratio == -1
@@ -241,9 +241,9 @@ def test_the_damping_rises_at_once_where_little_of_a_step_is_left(wall, rises):
 
 
 @pytest.mark.parametrize(
-    ("rate", "scales"), [(0.5, [10, 10, 10 / 2**5, 10 / 2**5, 10 / 2**10]), (1.0, [1] * 5)]
+    ("rate", "scales"), [(0.5, [10, 10 / 2**5, 10 / 2**5, 10 / 2**5, 10 / 2**10]), (1.0, [1] * 5)]
 )
-def test_the_damping_starts_high_and_may_fall_after_the_third_step(rate, scales):
+def test_the_damping_starts_high_and_may_fall_after_the_second_step(rate, scales):
     start, layers, loss_fn = regression()
     value_and_grad = kfqn.value_and_grad(loss_fn, layers)
     tx = kfqn.kfac(1.0, layers, step_rule=kfqn.quadratic(rate=rate, floor=1e-3))
