@@ -13,10 +13,9 @@ from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide, wide_dtype
 from kfqn_optax._steps.gain import Losses, watched
 from kfqn_optax._steps.noise import Noise, followed
 from kfqn_optax._steps.rule import StepRule, as_given
+from kfqn_optax._steps.success import Success
 
-GOOD, POOR, FAILED = 0.75, 0.25, 0.1
-START, FIRST = 10.0, 2
-PLATEAU, LOWER, FASTER = 0.005, 1e-4, 3
+PLATEAU = 0.005
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 FEW = 32
@@ -133,8 +132,7 @@ def quadratic(
     check_constants(patience=patience, momentum=momentum, rows=rows)
     if floor > ceiling:
         raise ValueError(f"kfqn.quadratic: floor={floor!r} is above ceiling={ceiling!r}. Lower the floor.")
-
-    start = 1.0 if rate == 1 else min(max(START, floor), ceiling)
+    success = Success(every, rate, floor, ceiling)
 
     def init(params):
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
@@ -142,7 +140,7 @@ def quadratic(
         return QuadraticState(
             last=jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params),
             count=jnp.zeros([], jnp.int32),
-            scale=start * one,
+            scale=success.start * one,
             level=zero,
             gain=one,
             losses=Losses.start(),
@@ -211,11 +209,7 @@ def quadratic(
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
-        less = jnp.where(plateau, rate ** (FASTER * every), rate**every)
-        factor = jnp.where(ratio > GOOD, less, jnp.where(ratio < POOR, rate**-every, 1.0))
         count = state.count + 1
-        due = (count % every == 0) | ((count == FIRST) & (ratio > GOOD)) | (share < FAILED)
-        least = jnp.where(plateau, LOWER * floor, floor)
         noise = followed(state.noise, value, change, share == 1)
         losses, gain = state.losses, state.gain
         if patience is not None:
@@ -223,7 +217,7 @@ def quadratic(
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=count,
-            scale=jnp.where(due, jnp.clip(state.scale * factor, least, ceiling), state.scale),
+            scale=success.after(state.scale, count, ratio, share, plateau),
             level=level,
             gain=gain,
             losses=losses,
