@@ -95,11 +95,13 @@ def quadratic(
     made, is multiplied by 0.7, and it grows again where they fall by more than their noise.
 
     And where the next batch's loss shows that more than half of what a step won on its own batch was
-    noise, the direction is made of an average of gradients: the model, which knows one batch, would take
-    back a momentum of delta that helps all the others. Its rate is ``momentum (2 q - 1)``, with q the part
-    lost: 0 for a batch that is always the same, near 1 where the next has nothing of what a step won.
-    Batches of fewer than 32 examples do without: of those the model may see no curvature along the
-    gradients of others.
+    noise, two things change, by m = 2 q - 1, with q the part lost: 0 for a batch that is always the same,
+    near 1 where the next has nothing of what a step won. The damping falls no further than to
+    ``floor + (1 - floor) m``: below the given one the steps fit what a few examples do not share with the
+    others, those of the test set too. And the direction is made of an average of gradients, of the rate
+    ``momentum m``: the model, which knows one batch, would take back a momentum of delta that helps all
+    the others. Batches of fewer than 32 examples do without the average: of those the model may see no
+    curvature along the gradients of others.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
@@ -108,7 +110,8 @@ def quadratic(
     Args:
       every: steps from one change of the damping to the next.
       rate: in (0, 1]; 1 for a ``scale`` of 1 throughout.
-      floor, ceiling: bounds of ``scale``; a ten-thousandth of ``floor`` on a plateau.
+      floor, ceiling: bounds of ``scale``; a ten-thousandth of ``floor`` on a plateau, up to 1 where batches
+        are noise.
       trust: the longest step, as a part of the length of the parameters.
       patience: batches whose mean losses are compared; ``patience / gain`` of them once the steps are
         shorter. None keeps ``gain`` at 1, for a schedule of one's own.
@@ -211,18 +214,19 @@ def quadratic(
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
         count = state.count + 1
         noise = followed(state.noise, value, change, share == 1)
+        noisy = jnp.maximum(2 * noise.part - 1, 0)
         losses, gain = state.losses, state.gain
         if patience is not None:
             losses, gain = watched(losses, gain, value, patience)
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=count,
-            scale=success.after(state.scale, count, ratio, share, plateau),
+            scale=success.after(state.scale, count, ratio, share, plateau, noisy),
             level=level,
             gain=gain,
             losses=losses,
             noise=noise,
-            momentum=jnp.where(_few(curvature), 0, momentum * jnp.maximum(2 * noise.part - 1, 0)),
+            momentum=jnp.where(_few(curvature), 0, momentum * noisy),
             alpha=-c[0],
             mu=c[1],
             length=lengths(state.length, length),

@@ -23,9 +23,15 @@ class Success(NamedTuple):
         return 1.0 if self.rate == 1 else min(max(START, self.floor), self.ceiling)
 
     def after(
-        self, scale: jax.Array, count: jax.Array, ratio: jax.Array, share: jax.Array, plateau: jax.Array
+        self,
+        scale: jax.Array,
+        count: jax.Array,
+        ratio: jax.Array,
+        share: jax.Array,
+        plateau: jax.Array,
+        noisy: jax.Array,
     ) -> jax.Array:
-        """The scale after a step.
+        """The scale after a step. Up to what is the least for it now it rises by one notch at a time.
 
         Args:
           scale: before it.
@@ -33,10 +39,12 @@ class Success(NamedTuple):
           ratio: actual over predicted change of the loss.
           share: the part of the step that is made.
           plateau: whether the model promises hardly anything: then it is the damping that holds the steps.
+          noisy: 0 to 1, where all that steps win on their own batches is noise: the least is 1 there.
         """
         notch = self.rate**self.every
         less = jnp.where(plateau, notch**FASTER, notch)
         factor = jnp.where(ratio > GOOD, less, jnp.where(ratio < POOR, 1 / notch, 1.0))
         due = (count % self.every == 0) | ((count == FIRST) & (ratio > GOOD)) | (share < FAILED)
-        least = jnp.where(plateau, LOWER * self.floor, self.floor)
+        usual = self.floor + noisy * max(1 - self.floor, 0)
+        least = jnp.where(plateau, LOWER * self.floor, jnp.minimum(usual, scale / notch))
         return jnp.where(due, jnp.clip(scale * factor, least, self.ceiling), scale)

@@ -18,20 +18,24 @@ def test_where_it_starts(settings, start):
 
 
 @pytest.mark.parametrize(
-    ("scale", "count", "ratio", "share", "plateau", "after"),
+    ("scale", "count", "ratio", "share", "plateau", "noisy", "after"),
     [
-        (10.0, 5, 0.8, 1.0, False, 10 / NOTCH),
-        (10.0, 5, 0.5, 1.0, False, 10.0),
-        (2.0, 5, 0.2, 1.0, False, 2 * NOTCH),
-        (10.0, 4, 0.8, 1.0, False, 10.0),
-        (10.0, 2, 0.8, 1.0, False, 10 / NOTCH),
-        (2.0, 2, 0.2, 1.0, False, 2.0),
-        (2.0, 3, -1.0, 0.05, False, 2 * NOTCH),
-        (0.2, 10, 0.8, 1.0, False, 0.1),
-        (10.0, 10, -1.0, 1.0, False, 100.0),
-        (10.0, 10, 0.8, 1.0, True, 10 / NOTCH**3),
-        (1e-4, 10, 0.8, 1.0, True, 1e-5),
-        (1e-4, 10, 0.5, 1.0, False, 0.1),
+        (10.0, 5, 0.8, 1.0, False, 0, 10 / NOTCH),
+        (10.0, 5, 0.5, 1.0, False, 0, 10.0),
+        (2.0, 5, 0.2, 1.0, False, 0, 2 * NOTCH),
+        (10.0, 4, 0.8, 1.0, False, 0, 10.0),
+        (10.0, 2, 0.8, 1.0, False, 0, 10 / NOTCH),
+        (2.0, 2, 0.2, 1.0, False, 0, 2.0),
+        (2.0, 3, -1.0, 0.05, False, 0, 2 * NOTCH),
+        (0.2, 10, 0.8, 1.0, False, 0, 0.1),
+        (10.0, 10, -1.0, 1.0, False, 0, 100.0),
+        (10.0, 10, 0.8, 1.0, True, 0, 10 / NOTCH**3),
+        (1e-4, 10, 0.8, 1.0, True, 0, 1e-5),
+        (1e-4, 10, 0.5, 1.0, False, 0, 1e-4 * NOTCH),
+        (1.0, 10, 0.8, 1.0, False, 0.5, 0.55),
+        (0.1, 10, 0.8, 1.0, False, 1.0, 1.0),
+        (2.0, 10, 0.5, 1.0, False, 1.0, 2.0),
+        (1.0, 10, 0.8, 1.0, True, 1.0, 1 / NOTCH**3),
     ],
     ids=[
         "success",
@@ -46,8 +50,20 @@ def test_where_it_starts(settings, start):
         "faster on a plateau",
         "floor of a plateau",
         "off the plateau",
+        "floor among noise",
+        "up to it",
+        "above it",
+        "a plateau among noise",
     ],
 )
-def test_what_it_is_after_a_step(scale, count, ratio, share, plateau, after):
+def test_what_it_is_after_a_step(scale, count, ratio, share, plateau, noisy, after):
     numbers = (jnp.float32(scale), jnp.int32(count), jnp.float32(ratio), jnp.float32(share))
-    assert FOLLOWS.after(*numbers, jnp.asarray(plateau)) == pytest.approx(after)
+    assert FOLLOWS.after(*numbers, jnp.asarray(plateau), jnp.float32(noisy)) == pytest.approx(after)
+
+
+@pytest.mark.parametrize("settings", [{"rate": 1.0}, {"floor": 3.0}])
+def test_noise_does_not_move_a_fixed_damping_nor_a_floor_above_1(settings):
+    follows = FOLLOWS._replace(**settings)
+    scale, ratio, share = jnp.float32(follows.floor), jnp.float32(0.8), jnp.float32(1.0)
+    after = follows.after(scale, jnp.int32(10), ratio, share, jnp.asarray(False), jnp.float32(1.0))
+    assert after == scale
