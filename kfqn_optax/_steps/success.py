@@ -31,7 +31,7 @@ class Success(NamedTuple):
         plateau: jax.Array,
         noisy: jax.Array,
     ) -> jax.Array:
-        """The scale after a step. Up to what is the least for it now it rises by one notch at a time.
+        """The scale after a step.
 
         Args:
           scale: before it.
@@ -45,6 +45,6 @@ class Success(NamedTuple):
         less = jnp.where(plateau, notch**FASTER, notch)
         factor = jnp.where(ratio > GOOD, less, jnp.where(ratio < POOR, 1 / notch, 1.0))
         due = (count % self.every == 0) | ((count == FIRST) & (ratio > GOOD)) | (share < FAILED)
-        usual = self.floor + noisy * max(1 - self.floor, 0)
-        least = jnp.where(plateau, LOWER * self.floor, jnp.minimum(usual, scale / notch))
+        least = jnp.where(plateau, LOWER * self.floor, self.floor)
+        least = least + noisy * jnp.maximum(1 - least, 0)
         return jnp.where(due, jnp.clip(scale * factor, least, self.ceiling), scale)
