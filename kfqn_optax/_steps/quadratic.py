@@ -19,6 +19,7 @@ PLATEAU = 0.005
 FORGET = 0.9
 OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 FEW = 32
+EARLY, LEFT, CLASSES = 20, 0.02, {"categorical", "bernoulli"}
 LONGER, FORGET_LENGTH = 2.0, 0.8
 
 
@@ -30,6 +31,7 @@ class QuadraticState(NamedTuple):
       count: steps so far.
       scale: the damping as a multiple of the one that the user gave.
       level: moving average of the magnitude of the loss, before this step.
+      early: what ``level`` was after twenty steps.
       gain: the part of the model's step that the losses of new batches allow.
       losses: the losses that ``gain`` follows.
       noise: how much of what the steps win the next batches lose.
@@ -45,6 +47,7 @@ class QuadraticState(NamedTuple):
     count: jax.Array
     scale: jax.Array
     level: jax.Array
+    early: jax.Array
     gain: jax.Array
     losses: Losses
     noise: Noise
@@ -79,15 +82,19 @@ def quadratic(
 
     The damping is lambda = damping scale level / |params|^2, with ``damping`` what the transformation was
     given, ``level`` the running loss, in which no batch counts for more than ten times as much: it has the
-    units of C, so that neither the loss's scale nor the parameters' matters. ``scale`` starts at 10, so
-    that the first steps, in which the loss falls most and the deep layers know least, leave few ReLUs dead.
-    It follows the model's success (Levenberg and Marquardt): the loss is looked at where the step ends, and
-    every ``every`` steps, and once after two, a ratio of actual to predicted change above 3/4 multiplies
-    it by rate^every; one below 1/4 divides it by that, but after two. A step along which the loss rose is
-    shortened to the minimum of the parabola through what is known, half of it at most; one after which the
-    loss is not finite is not made. Where less than a tenth of a step is left, the damping rises at once. On
-    a plateau, where the model itself promises less than half a percent of the loss, it is the damping that
-    holds the steps: it falls three times as fast there, and to a ten-thousandth of ``floor``.
+    units of C, so that neither the loss's scale nor the parameters' matters. Where all marks are of classes
+    (``"categorical"``, ``"bernoulli"``) it counts for a fiftieth of that after 20 steps at least: C itself
+    falls with such a loss, and what is left of both at the end is of few examples.
+
+    ``scale`` starts at 10, so that the first steps, in which the loss falls most and the deep layers know
+    least, leave few ReLUs dead. It follows the model's success (Levenberg and Marquardt): the loss is
+    looked at where the step ends, and every ``every`` steps, and once after two, a ratio of actual to
+    predicted change above 3/4 multiplies it by rate^every; one below 1/4 divides it by that, but after
+    two. A step along which the loss rose is shortened to the minimum of the parabola through what is
+    known, half of it at most; one after which the loss is not finite is not made. Where less than a tenth
+    of a step is left, the damping rises at once. On a plateau, where the model itself promises less than
+    half a percent of the loss, it is the damping that holds the steps: it falls three times as fast there,
+    and to a ten-thousandth of ``floor``.
 
     The model knows its own batch alone, and its steps suit the others less and less as the gradients
     become noise. So the losses of the batches, before their steps, are watched: where the mean of
@@ -145,6 +152,7 @@ def quadratic(
             count=jnp.zeros([], jnp.int32),
             scale=success.start * one,
             level=zero,
+            early=zero,
             gain=one,
             losses=Losses.start(),
             noise=Noise.start(wide),
@@ -166,8 +174,14 @@ def quadratic(
         now = jnp.abs(usual(state, curvature))
         return jnp.where(state.count == 0, now, ema(state.level, now, FORGET))
 
+    def early_of(state, level):
+        return jnp.where(state.count < EARLY, level, state.early)
+
     def damping(state, given, curvature):
-        return given * state.scale * safe_divide(level_of(state, curvature), curvature.squared_norm)
+        level = level_of(state, curvature)
+        if curvature.distributions and CLASSES.issuperset(curvature.distributions):
+            level = jnp.maximum(level, LEFT * early_of(state, level))
+        return given * state.scale * safe_divide(level, curvature.squared_norm)
 
     def longest_step(state, curvature, last):
         of_params = trust * jnp.sqrt(curvature.squared_norm)
@@ -223,6 +237,7 @@ def quadratic(
             count=count,
             scale=success.after(state.scale, count, ratio, share, plateau, noisy),
             level=level,
+            early=early_of(state, level),
             gain=gain,
             losses=losses,
             noise=noise,

@@ -286,6 +286,27 @@ def test_the_damping_falls_no_further_than_the_given_one_where_batches_are_noise
     assert state[0].rule.scale == pytest.approx(least, rel=0.2)
 
 
+def damping_late_in_training(params, train_step, state, *batch):
+    """Of a step with far less than a fiftieth of the early loss; in units of that over |params|^2."""
+    params, state, _ = train_step(params, state, *batch)
+    rule = state[0].rule._replace(count=jnp.int32(20), early=1e6 * state[0].rule.level)
+    _, after, _ = train_step(params, (state[0]._replace(rule=rule), *state[1:]), *batch)
+    return (
+        kfqn.diagnostics(after)["damping"] * optax.tree.norm(params, squared=True) / rule.scale / rule.early
+    )
+
+
+def test_the_damping_keeps_a_fiftieth_of_the_early_loss_where_all_marks_are_of_classes():
+    training = Training()
+    classes = damping_late_in_training(training.params, training.train_step, training.state, *batch(0))
+    assert classes == pytest.approx(0.02, rel=1e-5)
+    start, layers, loss_fn = regression()
+    tx = kfqn.kfac(1.0, layers)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+    numbers = damping_late_in_training(start, stepper(value_and_grad, tx), tx.init(start))
+    assert numbers < 1e-5
+
+
 def test_no_step_is_longer_than_twice_those_before():
     training = Training()
     longest = []
