@@ -44,5 +44,6 @@ from kfqn_optax._steps.rule import StepRule as StepRule
 from kfqn_optax._train_state import TrainState as TrainState
 from kfqn_optax._transform import scale_by_kfqn as scale_by_kfqn
 from kfqn_optax._warm_start import warm_start as warm_start
+from kfqn_optax._warnings import KfqnWarning as KfqnWarning
 
 __version__ = "0.1.0"

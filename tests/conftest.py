@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import kfqn_optax._warnings
 from kfqn_optax.bench._datasets import Dataset
 from kfqn_optax.bench._models import cross_entropy
 from kfqn_optax.bench._problems import PROBLEMS, Problem
@@ -28,6 +29,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def load_small(data_dir: Path | None) -> Dataset:
     images = np.random.default_rng(0).beta(0.3, 0.3, (150, 12)).astype(np.float32)
     return Dataset(images[:110], images[110:])
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> None:
+    """Each test is warned as a new process is."""
+    kfqn_optax._warnings._given.clear()
 
 
 @pytest.fixture(scope="session")
