@@ -306,7 +306,7 @@ def kfac(
       decay: rate of the averages of A and G.
       inverse_every: steps from one update of A and G and of their inverses to the next; the first 30
         steps, in which they change most, make one each.
-      statistics_rows: of how many examples A and G are taken in such a step, the first ones of the batch,
+      statistics_rows: of how many examples A and G are taken in such a step, drawn across the batch,
         if ``value_and_grad`` has ``batch_argnums``; None for all. "auto" for 250, and fewer where
         convolutions give each example many rows: so many that the one with the most positions has 250
         rows, and 32 at least.

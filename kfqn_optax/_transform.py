@@ -79,8 +79,8 @@ def scale_by_kfqn(
         and then of one in this many; the statistics of the others are not computed.
       others_decay: parameters that belong to no layer are divided by the diagonal of the Gauss-Newton
         matrix plus lambda, averaged at this rate; None leaves them their averaged gradient.
-      statistics_rows: of how many examples sides like :func:`fisher` take their statistics, the first
-        ones of the batch, if ``value_and_grad`` knows by ``batch_argnums`` what an example is; None for
+      statistics_rows: of how many examples sides like :func:`fisher` take their statistics, drawn
+        across the batch, if ``value_and_grad`` knows by ``batch_argnums`` what an example is; None for
         all. "auto" for 250, or for fewer with convolutions, see :func:`kfac`.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
       factor_mesh: each device of this mesh holds, and updates, its share of the factors; None for all on
@@ -145,7 +145,7 @@ def scale_by_kfqn(
         present = layers_within(layers, updates, "kfqn: update")
         check_state(state, jax.eval_shape(functools.partial(_init, method), updates))
         state = _whole(method, present, state)
-        curvature = check_curvature(curvature, present).rotated(state.count)
+        curvature = check_curvature(curvature, present).with_parts(state.count, method.statistics_rows)
         raw, unit = _raw(curvature, updates)
         step_length = _at("the learning rate", probe_step, state.count)
         given = _at("the damping", method.damping, state.count)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -12,9 +14,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfqn_optax as kfqn
+from kfqn_optax._capture.examples import take
+from kfqn_optax._capture.parts import Parts
 from kfqn_optax.bench._quick import quick_jit
 
-DEVICES, ROWS = 8, 32
+DEVICES, ROWS = 8, 1024  # more than the factors and the model take, so that parts of them are taken
 METHODS = {
     "kfac": lambda layers, **options: kfqn.kfac(1.0, layers, **options),
     "kbfgs": lambda layers, **options: kfqn.kbfgs(0.3, layers, **options),
@@ -27,7 +31,7 @@ def mesh_of(kind):
     return jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
 
 
-WEIGHTS = np.repeat([1.0, 0.0], [24, 8])
+WEIGHTS = np.repeat([1.0, 0.0], [ROWS - 256, 256])
 
 
 class Block(nn.Module):
@@ -69,8 +73,11 @@ class Problem:
 
         self.value_and_grad = kfqn.value_and_grad(loss_fn, self.layers, batch_argnums=(1, 2))
 
-    def train(self, tx, mesh=None, spec_of=None, warm=False):
-        """The losses of four steps, and the state; all made with the arrays placed on the mesh."""
+    def train(self, tx, mesh=None, spec_of=None, warm=False, named=True):
+        """The losses of four steps, and the state; all made with the arrays placed on the mesh.
+
+        Without ``named`` only the arrays say what the mesh is.
+        """
 
         def step(params, state, x, weights):
             loss, grads, curvature = self.value_and_grad(params, x, weights)
@@ -78,7 +85,7 @@ class Problem:
             return optax.apply_updates(params, updates), state, loss
 
         batch, params = (self.x, jnp.asarray(WEIGHTS)), self.params
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        with jax.set_mesh(mesh) if mesh is not None and named else contextlib.nullcontext():
             if mesh is not None:
                 rows = PartitionSpec() if spec_of else PartitionSpec("d")
                 spec_of = spec_of or (lambda leaf: PartitionSpec())
@@ -152,6 +159,39 @@ def test_placements_change_nothing(name, kind, divide, spec_of):
     losses, state = problem.train(tx, mesh, spec_of)
     np.testing.assert_allclose(losses, on_one_device(name), rtol=1e-9)
     assert not divide or share(state) < 1.4 / DEVICES
+
+
+@pytest.mark.parametrize("rows", [{}, {"statistics_rows": 256}], ids=["250 rows", "256 rows"])
+def test_an_explicit_mesh_that_only_the_arrays_name(rows):
+    """Eight devices have equal parts of 256 rows, and not of 250."""
+    problem = Problem()
+    expected, _ = problem.train(METHODS["kfac"](problem.layers, **rows))
+    losses, _ = problem.train(
+        METHODS["kfac"](problem.layers, **rows), mesh_of(AxisType.Explicit), named=False
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("rows", "most"), [(256, 0), (250, 2 * 250 * 9)], ids=["divisible", "not divisible"]
+)
+def test_no_device_asks_for_the_batch_of_another(kind, rows, most):
+    """Of the examples of a part, none is sent where devices have equal parts; else the part at most."""
+    x = jax.device_put(Problem().x, NamedSharding(mesh_of(kind), PartitionSpec("d")))
+
+    @jax.jit
+    def parts(x):
+        drawn = Parts(3, rows)
+        return [take((1,), (x,), *of(ROWS, rows))[0] for of in (drawn.of_factors, drawn.of_model)]
+
+    program = parts.lower(x).compile().as_text()
+    sent = re.findall(
+        r"f64\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\(", program
+    )
+    assert all(math.prod(map(int, shape.split(","))) <= most for shape in sent)
+    for part in parts(x):
+        assert part.sharding.is_fully_replicated == (rows == 250)
 
 
 def test_a_mesh_that_is_none():

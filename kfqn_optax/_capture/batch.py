@@ -16,6 +16,7 @@ from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import Loss
 from kfqn_optax._capture.nnx_call import copier
 from kfqn_optax._capture.outputs import Mark, finding, sampling
+from kfqn_optax._capture.parts import Parts
 from kfqn_optax._capture.quadratic import has_loop
 from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
 
@@ -28,7 +29,7 @@ class Batch:
 
     owner: Loss
     call: Call
-    offset: jax.Array | None = None
+    parts: Parts = dataclasses.field(default_factory=Parts)
 
     @property
     def layers(self) -> Layers:
@@ -57,8 +58,8 @@ class Batch:
         return met, has_loop(program)
 
     def loss(self, rows: int | None) -> Callable[[ArrayTree], jax.Array]:
-        """The loss of the last examples as a function of the parameters."""
-        call = self._part(rows, last=True)
+        """The loss of the model's examples as a function of the parameters."""
+        call = self._part(rows, of_model=True)
         return lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
 
     def statistics(
@@ -75,8 +76,8 @@ class Batch:
     def sampled(
         self, params: ArrayTree, rows: int | None, key: jax.Array
     ) -> tuple[dict[str, Statistics], ArrayTree | None]:
-        """The statistics of sampled gradients on the first examples, and these gradients."""
-        call = self._part(rows, last=False)
+        """The statistics of sampled gradients on the factors' examples, and these gradients."""
+        call = self._part(rows, of_model=False)
 
         def sums_of(key):
             tapped = self.owner.tapped(self._psi(key))
@@ -117,6 +118,10 @@ class Batch:
 
         return psi
 
-    def _part(self, rows: int | None, last: bool) -> Call:
-        args = take(self.owner.batch_argnums, self.call.args, self.examples, rows, last, self.offset)
-        return self.call if args is self.call.args else self.call.with_args(args)
+    def _part(self, rows: int | None, of_model: bool) -> Call:
+        """The call with some of the examples; with all if that is not fewer, or there is no telling."""
+        examples = self.examples
+        if examples is None or rows is None or rows >= examples:
+            return self.call
+        draw = self.parts.of_model if of_model else self.parts.of_factors
+        return self.call.with_args(take(self.owner.batch_argnums, self.call.args, *draw(examples, rows)))

@@ -16,13 +16,13 @@ from kfqn_optax._capture.loss import is_forward_mode
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.outputs import as_key, bits_of, gauss_newton
 from kfqn_optax._capture.parameters import check_like, is_masked
+from kfqn_optax._capture.parts import Parts
 from kfqn_optax._capture.quadratic import Forms, forms_of
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._numerics import inner, wide_dtype
 from kfqn_optax._shown import shown
 
 LEAST = 0.01
-STRIDE = 257  # examples from the part of one step to that of the next
 
 
 class Curvature:
@@ -85,16 +85,17 @@ class Curvature:
         value, statistics = self._batch.statistics(moved, vectors)
         return Curvature(value, moved, statistics, self._batch)
 
-    def rotated(self, count: jax.Array) -> "Curvature":
-        """The same curvature, with the first and last examples counted from another one for each ``count``.
+    def with_parts(self, key: int | jax.Array, factor_rows: int | None) -> "Curvature":
+        """The same curvature, with parts of the batch drawn by this seed or key.
 
         So parts of a batch that is the same in every step are not always the same part.
+
+        Args:
+          key: of the draws. Without this call it is the seed 0.
+          factor_rows: how many examples the factors are made of, for which :meth:`forms` and
+            :meth:`value_at` then take others, as far as there are others; None for all.
         """
-        examples = self.examples
-        if examples is None:
-            return self
-        offset = count % examples * STRIDE % examples
-        batch = dataclasses.replace(self._batch, offset=offset)
+        batch = dataclasses.replace(self._batch, parts=Parts(key, factor_rows))
         return Curvature(self.value, self.params, self.statistics, batch, self.grads)
 
     @property
@@ -127,7 +128,8 @@ class Curvature:
 
         Args:
           updates: as for :meth:`after`.
-          rows: of the last so many examples only, where ``batch_argnums`` tells them.
+          rows: of so many examples only, where ``batch_argnums`` tells what an example is: those of
+            :meth:`forms` with as many.
         """
         check_rows(rows, "curvature.value_at")
         return self._batch.owner.mean(self._batch.loss(rows)(self._moved(updates, "curvature.value_at")))
@@ -143,8 +145,9 @@ class Curvature:
         Args:
           directions: K trees u_i shaped like the parameters, in whose dtype they are taken; an
             ``optax.MaskedNode`` counts as zero.
-          rows: of the loss on the last so many examples only, where ``batch_argnums`` tells them: those
-            of which no factor's statistics were taken.
+          rows: of the loss on so many examples only, where ``batch_argnums`` tells what an example is.
+            They are drawn across the batch, and are others than those of the optimizer's factors, as far
+            as there are others.
 
         Returns:
           :class:`Forms`: ``value``, ``slopes`` (K,) and ``matrix`` (K, K), float32 or wider, all of the
@@ -193,7 +196,8 @@ class Curvature:
         the layer's positions.
 
         Args:
-          rows: sample on the first so many examples only, where ``batch_argnums`` tells them.
+          rows: sample on so many examples only, drawn across the batch, where ``batch_argnums`` tells
+            what an example is.
           key: a seed or a key for the samples; None derives it from the loss, so that it differs from step
             to step. Draws differ in examples that are mapped or scanned over as far as the marked
             arrays differ there.

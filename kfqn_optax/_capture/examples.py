@@ -1,10 +1,12 @@
-"""Some of a batch's examples: which arguments of a loss have one entry an example, and slices of them."""
+"""Some of a batch's examples: which arguments of a loss have one entry an example, and some of them."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kfqn_optax._meshes import in_any_mesh, spec_with
 
 Argnums = int | Sequence[int] | None
 
@@ -52,23 +54,24 @@ def check_rows(rows: int | None, call: str) -> None:
 
 
 def take(
-    argnums: tuple[int, ...],
-    args: tuple[Any, ...],
-    examples: int | None,
-    rows: int | None,
-    last: bool,
-    offset: jax.Array | None = None,
+    argnums: tuple[int, ...], args: tuple[Any, ...], chosen: jax.Array, blocks: int
 ) -> tuple[Any, ...]:
-    """``args`` with ``rows`` examples only, the first or the last ones; all if there is no telling.
-
-    With an ``offset`` counting starts there, and goes on from the end to the beginning.
-    """
-    if examples is None or rows is None or rows >= examples:
-        return args
-    part: Any = slice(examples - rows, None) if last else slice(rows)
-    if offset is not None:
-        part = (offset + jnp.arange(rows) - (rows if last else 0)) % examples
+    """``args`` with the ``chosen`` examples only, of which each of so many equal blocks has as many."""
     taken = list(args)
     for number in argnums:
-        taken[number - 1] = jax.tree.map(lambda leaf: leaf[part], args[number - 1])
+        pick = lambda leaf: _pick(jnp.asarray(leaf), chosen, blocks)
+        taken[number - 1] = jax.tree.map(pick, args[number - 1])
     return tuple(taken)
+
+
+def _pick(leaf: jax.Array, chosen: jax.Array, blocks: int) -> jax.Array:
+    """``leaf[chosen]``, taken in each block apart, which devices that hold blocks do without the others."""
+    length, rows = leaf.shape[0] // blocks, len(chosen)
+
+    def pick(leaf, chosen):
+        divided = leaf.reshape(blocks, length, *leaf.shape[1:])
+        within = chosen.reshape(blocks, -1) - length * jnp.arange(blocks, dtype=chosen.dtype)[:, None]
+        of_each = jax.vmap(lambda block, rows: block[rows])(divided, within)
+        return of_each.reshape(rows, *leaf.shape[1:])
+
+    return in_any_mesh(pick, leaf, chosen, specs=spec_with(leaf, rows))

@@ -84,8 +84,9 @@ def value_and_grad(
         which a layer's output has no part itself, only its derivatives.
       batch_argnums: positions of the arguments in whose leaves the leading axis counts the examples of
         the batch, as in the ``argnums`` of ``jax.grad``: 0 are the parameters, so from 1 on. The loss must
-        then be a mean over those examples, of any number of them: factor statistics are taken on the
-        first and forms on the last of them, so that they cost less. Without it they are of all examples.
+        then be a mean over those examples, of any number of them: factor statistics and forms are each
+        taken on some of them, so that they cost less. These are drawn across the batch, anew in each step,
+        so the order of the examples does not matter. Without it they are of all examples.
       groups: into how many equal parts of the examples the batch is split for optimizers that take a
         curvature pair of each (``kbfgs(..., groups=...)``). The examples are those of the first axis of
         a layer's rows, which it must divide. Not with ``forward``.

@@ -14,6 +14,7 @@ from flax import nnx
 
 import kfqn_optax as kfqn
 from kfqn_optax._capture.outputs import root
+from kfqn_optax._capture.parts import Parts
 from kfqn_optax.bench._quick import quick_jit
 
 ROWS, WIDTH, CLASSES = 6, 3, 4
@@ -499,7 +500,7 @@ def test_a_convolution_is_centred_over_its_positions(float64):
 # ------------------------------------------------------------------------------- some of the examples
 
 
-def test_forms_take_the_last_examples_and_factors_the_first(float64):
+def test_forms_and_factors_take_parts_of_the_batch(float64):
     layers, params, _, _, x = problem("normal")
 
     def loss(params, x, batch):
@@ -508,7 +509,8 @@ def test_forms_take_the_last_examples_and_factors_the_first(float64):
 
     batch = {"target": jnp.asarray(TARGET)}
     directions = directions_of(params, 2)
-    first, last = [(x[part], {"target": batch["target"][part]}) for part in (slice(2), slice(4, None))]
+    chosen = Parts().of_factors(ROWS, 2)[0], Parts().of_model(ROWS, 2)[0]
+    seen, held_out = [(x[part], {"target": batch["target"][part]}) for part in chosen]
 
     @quick_jit
     def run():
@@ -523,14 +525,14 @@ def test_forms_take_the_last_examples_and_factors_the_first(float64):
             curvature.after(directions[0]).forms(directions, rows=2),
             curvature.forms(directions, rows=100),
         )
-        _, _, of_last = kfqn.value_and_grad(loss, layers)(params, *last)
-        _, _, of_first = kfqn.value_and_grad(loss, layers)(params, *first)
-        assert of_first.examples is None
+        _, _, of_held_out = kfqn.value_and_grad(loss, layers)(params, *held_out)
+        _, _, of_seen = kfqn.value_and_grad(loss, layers)(params, *seen)
+        assert of_seen.examples is None
         expected = (
-            of_last.forms(directions),
-            of_last.value_at(directions[0], rows=1),
-            of_first.factor_statistics(key=3),
-            of_last.after(directions[0]).forms(directions),
+            of_held_out.forms(directions),
+            of_held_out.value_at(directions[0], rows=1),
+            of_seen.factor_statistics(key=3),
+            of_held_out.after(directions[0]).forms(directions),
             curvature.forms(directions),
         )
         return ours, expected
@@ -588,7 +590,7 @@ def test_weights_leave_padding_out(float64):
     for name, ours in padded.items():
         close(ours.second_moment, short[name].second_moment)
         assert ours.rows == 4
-        assert cut[name].rows == 2
+        assert cut[name].rows == mask[Parts().of_factors(ROWS, 3)[0]].sum()
     close(jnp.diagonal(padded["second"].grad_moment), jnp.diagonal(short["second"].grad_moment))
 
 
