@@ -125,10 +125,10 @@ def quadratic(
       momentum: the rate of that average if nothing is left of what a step wins; 0 for none.
       rows: of how many examples C is taken and the loss looked at, drawn across the batch and as far as
         possible others than those of the factors, if ``value_and_grad`` knows by ``batch_argnums`` what an
-        example is. None: of so many that the marked outputs of these are 100,000 numbers, and of 125 at least; of 500 at most if all marks are
-        ``"normal"``; of all where the loss has no mark. Examples with few outputs differ much in their
-        curvature (that of a class known for certain is 0), and too few of them make a model that takes
-        steps far too long for the others.
+        example is. None: of so many that the marked outputs of these are 100,000 numbers, and of 125 at
+        least; of 500 at most if all marks are ``"normal"``; of all where the loss has no mark. Examples
+        with few outputs differ much in their curvature (that of a class known for certain is 0), and too
+        few of them make a model that takes steps far too long for the others.
 
     Example:
       >>> import jax.numpy as jnp, kfqn_optax as kfqn
