@@ -72,7 +72,8 @@ def kbfgs(
         ``value_and_grad`` the same number. The paper takes one, of the whole batch. H_g of limited
         memory keeps to one.
       start: where H_g starts. ``"identity"``: at I, as in the paper. ``"gradients"``: at
-        (G + l_G I)^-1, G the second moment of the first batch's per-example pre-activation gradients.
+        (G + l_G I)^-1, G the second moment of the first batch's per-example pre-activation gradients;
+        limited memory starts at I.
       max_dim: a side longer than this gets a factor of limited memory instead of a square one; None for
         8192.
       factor_dtype: dtype of the factors; None for that of the parameters, and float32 at least.
@@ -313,7 +314,8 @@ def kfac(
       weight_decay: decoupled weight decay, as in ``optax.adamw``: multiplied by the learning rate, which is
         a thousand times Adam's here.
       mask, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
-      max_dim: sides longer than this: inputs get the diagonal of A, outputs no H_g. None for 8192.
+      max_dim: a side longer than this, or than the ``max_dim`` of :func:`find_layers`, gets the diagonal of
+        A or of G. None for 8192.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.

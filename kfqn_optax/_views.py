@@ -31,8 +31,8 @@ def view(
 
 def of_inputs(statistics: dict[str, Statistics]) -> dict[str, Any]:
     """What an input side sees: nothing whose shape depends on the layer's outputs."""
-    fields = ("preactivations", "preactivation_grads", "grad_moment", "part_preactivations", "part_grads")
-    absent: Any = dict.fromkeys(fields)
+    of_gradients = ("preactivation_grads", "grad_moment", "grad_squares", "part_grads")
+    absent: Any = dict.fromkeys((*of_gradients, "preactivations", "part_preactivations"))
     return {name: value._replace(**absent) for name, value in statistics.items()}
 
 

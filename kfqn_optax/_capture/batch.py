@@ -93,13 +93,14 @@ class Batch:
         sums = self.owner.mean(sums)
         statistics = normalise(self.layers, params, sums, {})
         for layer in self.layers:
+            totals = jax.vmap(lambda grads, layer=layer: of_copies(layer, grads, layer.out_dim))(
+                drawn[layer.name]["grads"]
+            )
+            found = {"grad_squares": jnp.square(totals).mean(0)}
             if "grad_moment" in layer.slot_shapes:
-                totals = jax.vmap(lambda grads, layer=layer: of_copies(layer, grads, layer.out_dim))(
-                    drawn[layer.name]["grads"]
-                )
                 moment = jnp.einsum("p...i,p...j->...ij", totals, totals, precision="highest") / PROBES
-                moment = self.owner.mean(moment)
-                statistics[layer.name] = statistics[layer.name]._replace(grad_moment=moment)
+                found["grad_moment"] = moment
+            statistics[layer.name] = statistics[layer.name]._replace(**self.owner.mean(found))
         return statistics, None
 
     def _psi(self, key: jax.Array) -> Callable[..., jax.Array]:

@@ -193,7 +193,7 @@ class Curvature:
 
         Elsewhere: those of the pass that was made, without another one, where ``grad_moment`` is the
         centred one, G - S S^T / T with G and S the ``grad_moment`` and ``preactivation_grads`` and T
-        the layer's positions.
+        the layer's positions. ``grad_squares`` is the diagonal of either.
 
         Args:
           rows: sample on so many examples only, drawn across the batch, where ``batch_argnums`` tells
@@ -258,11 +258,12 @@ def _check_vectors(vectors: Mapping[str, jax.Array], layers: Layers) -> None:
 
 
 def _centred(statistics: Statistics, positions: int) -> Statistics:
-    if statistics.grad_moment is None:
-        return statistics
-    total = statistics.preactivation_grads
-    outer = total[..., :, None] * total[..., None, :]
-    return statistics._replace(grad_moment=statistics.grad_moment - outer / positions)
+    moment, squares, total = statistics.grad_moment, statistics.grad_squares, statistics.preactivation_grads
+    if moment is not None:
+        moment = moment - total[..., :, None] * total[..., None, :] / positions
+    if squares is not None:
+        squares = squares - total * total / positions
+    return statistics._replace(grad_moment=moment, grad_squares=squares)
 
 
 def check_curvature(curvature: Any, layers: Layers) -> Curvature:

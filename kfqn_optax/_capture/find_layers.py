@@ -24,7 +24,8 @@ def find_layers(
         as in the loss (an example batch, ``train=True``, ``rngs=...``, ``method=...``). Arrays may be
         shapes here too. Layers that this call does not reach get a diagonal factor. Without any, an
         NNX model is not called and all its layers are found, unless there are convolutions.
-      max_dim: the full second moment A of the inputs is captured for inputs up to this long.
+      max_dim: the full second moment A of the inputs is captured for inputs up to this long, and G of the
+        gradients for outputs up to this long. Each method takes a cheaper factor for longer sides.
       strict: raise if any parameter belongs to no preconditioned layer.
 
     Returns:

@@ -67,7 +67,11 @@ class Loss:
         tapped = self.tapped(total, bias_only=False)
         _, plain = call.slot_grads(tapped, params, slots_of(self.layers, vectors), False)
         for name, sum_of in plain.items():
-            sum_of.pop("grad_moment", None)  # of the forward pass's own outputs, not of the loss
+            for key in (
+                "grad_squares",
+                "grad_moment",
+            ):  # of the forward pass's own outputs, not of the loss
+                sum_of.pop(key, None)
             sum_of["grads"] = sums[name]["grads"]
         return plain
 

@@ -10,6 +10,7 @@ key                shape of the slot       what ``jax.grad`` returns for it
 ``inputs``         (groups, d_in, 1)       sum over rows of the layer's inputs a
 ``squares``        (groups, d_in, 1)       sum over rows of a^2, element by element
 ``grads``          (groups, d_out, 1)      sum over rows of dL/dh, h the layer's output
+``grad_squares``   (groups, d_out, 1)      sum over rows of (dL/dh)^2, element by element
 ``second_moment``  (groups, d_in, d_in)    sum over rows of a a^T; only where a layer has this key, and
                                            for a convolution estimated from the first few examples
 ``product``        (groups, d_in, 1)       sum over rows of a (a^T v), v the *value* of ``vector``
@@ -46,6 +47,7 @@ def slot_shapes(
         "inputs": (groups, in_dim, 1),
         "squares": (groups, in_dim, 1),
         "grads": (groups, out_dim, 1),
+        "grad_squares": (groups, out_dim, 1),
         "product": (groups, in_dim, 1),
         "bias_product": (groups, 1, 1),
         "vector": (groups, in_dim, 1),

@@ -40,6 +40,7 @@ class Statistics(NamedTuple):
         convolution, is 1 elsewhere. Where L is a mean over examples, it is the mean over examples of the
         outer products of per-example gradients, summed over positions. None for too long a side, and
         where ``forward`` takes the place of a tapped loss. (d_out, d_out).
+      grad_squares: diagonal of ``grad_moment``, for sides of any length; None with ``forward``. (d_out,).
       part_rows: n of each of B equal parts of the batch; this and the next two are None without
         ``value_and_grad(..., groups=B)``. (B,).
       part_preactivations: ``preactivations`` of each part. (B, d_out).
@@ -55,6 +56,7 @@ class Statistics(NamedTuple):
     product: jax.Array
     second_moment: jax.Array | None
     grad_moment: jax.Array | None
+    grad_squares: jax.Array | None
     part_rows: jax.Array | None = None
     part_preactivations: jax.Array | None = None
     part_grads: jax.Array | None = None
@@ -70,7 +72,7 @@ def normalise(
     """The statistics of every layer from its slot's gradient at ``params``.
 
     ``vectors`` holds, for the layers that have one, the v of ``product``, (*copies, d_in [+ 1]). Where
-    gradients are sampled ones, ``grad_moment`` is the sum of their outer products as it is.
+    gradients are sampled ones, ``grad_moment`` and ``grad_squares`` are sums over rows as they are.
     """
 
     def of_all(params, sums, vectors):
@@ -124,14 +126,20 @@ def _normalise(
         "...i,...io->...o", inputs, matrix.astype(inputs.dtype), precision="highest"
     )
     out = layer.out_dim
-    grad_moment = None
-    if "grad_moment" in sums:
-        grad_moment = canonical("grad_moment", out, out)
-        if not sampled:
-            grad_moment = rows[..., None, None] / layer.positions * grad_moment
+
+    def of_grads(key: str, *shape: int) -> jax.Array | None:
+        if key not in sums:
+            return None
+        total = canonical(key, *shape)
+        return (
+            total if sampled else rows.reshape(layer.copies + (1,) * len(shape)) / layer.positions * total
+        )
+
+    grad_moment, grad_squares = of_grads("grad_moment", out, out), of_grads("grad_squares", out)
     parts = _parts(layer, matrix, sums, rows) if "part_rows" in sums else (None, None, None)
+    grads = canonical("grads", out)
     return Statistics(
-        rows, inputs, preactivations, canonical("grads", out), squares, product, moment, grad_moment, *parts
+        rows, inputs, preactivations, grads, squares, product, moment, grad_moment, grad_squares, *parts
     )
 
 

@@ -82,7 +82,10 @@ def _sums_of_grads(axes, cotangent, ours):
     """Those sums of the slot ``ours`` that are of dL/dh."""
     g = cotangent.astype(ours["grads"].dtype)
     total = g.sum(axes.rows).transpose(axes.order)
-    sums = {"grads": total.reshape(ours["grads"].shape)}
+    squares = jnp.square(g).sum(axes.rows).transpose(axes.order)
+    sums = {
+        key: value.reshape(ours[key].shape) for key, value in (("grads", total), ("grad_squares", squares))
+    }
     if "part_grads" in ours:
         split = split_rows(g, axes.rows[0], ours["part_grads"].shape[0] // ours["grads"].shape[0])
         totals = jax.vmap(lambda part: part.sum(axes.rows).transpose(axes.order))(split)

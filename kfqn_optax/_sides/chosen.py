@@ -7,13 +7,13 @@ from kfqn_optax._constants import check_constants
 from kfqn_optax._sides.bfgs import bfgs
 from kfqn_optax._sides.diagonal import diagonal
 from kfqn_optax._sides.factor import InverseFactor
-from kfqn_optax._sides.fisher import fisher
+from kfqn_optax._sides.fisher import fisher, fisher_diagonal
 from kfqn_optax._sides.group_secant import group_secant
 from kfqn_optax._sides.hessian_action import hessian_action
 from kfqn_optax._sides.lbfgs import lbfgs
 from kfqn_optax._sides.minibatch_action import minibatch_action
 from kfqn_optax._sides.secant import DampingRule, secant
-from kfqn_optax._sides.side import Side, identity
+from kfqn_optax._sides.side import Side
 
 
 def _limit(max_dim: int | None) -> int:
@@ -75,12 +75,13 @@ def fisher_sides(
     limit = _limit(max_dim)
     moments = [lambda statistics: statistics.second_moment, lambda statistics: statistics.grad_moment]
     of_inputs, of_grads = (fisher(moment, decay, inverse_every=1) for moment in moments)
-    long_inputs, long_outputs = diagonal(decay), identity()
+    long_inputs = diagonal(decay)
+    long_outputs = fisher_diagonal(lambda statistics: statistics.grad_squares, decay)
 
     def input_side(layer: Layer) -> Side:
         return of_inputs if "second_moment" in layer.slot_shapes and layer.rows <= limit else long_inputs
 
     def output_side(layer: Layer) -> Side:
-        return of_grads if layer.out_dim <= min(limit, MAX_DIM) else long_outputs
+        return of_grads if "grad_moment" in layer.slot_shapes and layer.out_dim <= limit else long_outputs
 
     return input_side, output_side

@@ -21,8 +21,8 @@ class FisherState(NamedTuple):
     """State of one side of one layer.
 
     Attributes:
-      second_moment: moving average of A, or of G. (d, d).
-      factor: the inverse of it plus damping, as of the last time it was computed. (d, d).
+      second_moment: moving average of A, or of G; its diagonal in :func:`fisher_diagonal`. (d, d) or (d,).
+      factor: the inverse of it plus damping, as of the last time it was computed. (d, d) or (d,).
       count: batches seen.
       pairs: none are taken; ``damped`` counts the batches that were scaled down, ``skipped`` the inverses
         that were not finite or not positive.
@@ -67,36 +67,11 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
     def apply(state, x):
         return state.factor @ x
 
-    def averaged(state, old, new):
-        seen = (state.count + 1).astype(old.dtype)
-        return ema(old, new, jnp.minimum(decay, 1 - 1 / seen).astype(old.dtype))
-
-    def believed(state, moment):
-        """The part of a batch's moment that is taken, by its trace."""
-        most, trace = OUTLIER * jnp.trace(state.second_moment), jnp.trace(moment)
-        return jnp.where((most > 0) & (trace > most), safe_divide(most, trace), 1)
-
-    def scale(state, statistics):
-        """The mean diagonal element that S is about to have."""
-        mean = lambda matrix: jnp.trace(matrix) / matrix.shape[0]
-        moment = _moment(moment_of, statistics)
-        old, new = mean(state.second_moment), mean(moment)
-        good = (statistics.rows > 0) & jnp.isfinite(new)
-        return jnp.where(good, averaged(state, old, believed(state, moment) * new), old)
+    scale, average = _averages(moment_of, decay, jnp.diagonal)
 
     def observe(state, statistics, damping):
-        """A second moment with a bad element has one in that row's diagonal too."""
         del damping
-        moment = _moment(moment_of, statistics)
-        good = (statistics.rows > 0) & all_finite(jnp.diagonal(moment))
-        part = believed(state, moment)
-        average = averaged(state, state.second_moment, part * moment)
-        counts = state.pairs.counts.at[1].add((good & (part < 1)).astype(jnp.int32))
-        return state._replace(
-            second_moment=jnp.where(good, average, state.second_moment),
-            count=state.count + good,
-            pairs=state.pairs._replace(counts=counts),
-        )
+        return average(state, statistics)
 
     def starting(state):
         due = (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
@@ -120,12 +95,86 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
     )
 
 
+def fisher_diagonal(squares_of: Callable[[Statistics], Any], decay: float) -> Side:
+    """:func:`fisher` for a side too long for a square: of S its diagonal alone, in the same average.
+
+    Its trace is that of S, and so are the scale by which the damping is split and the units of H. H follows
+    the damping in each step in which the side sees a batch.
+
+    Args:
+      squares_of: which statistic the diagonal of S is.
+      decay: rate of the average.
+    """
+
+    def init(dim, dtype):
+        zeros = jnp.zeros(dim, dtype)
+        return FisherState(zeros, jnp.ones_like(zeros), jnp.zeros([], jnp.int32), no_pairs(dtype))
+
+    def apply(state, x):
+        return state.factor[:, None] * x
+
+    scale, average = _averages(squares_of, decay, lambda squares: squares)
+
+    def observe(state, statistics, damping):
+        new = average(state, statistics)
+        damped = new.second_moment + jnp.maximum(damping, FLOOR * new.second_moment.sum())
+        return new._replace(factor=jnp.where(new.count > state.count, 1 / damped, state.factor))
+
+    return Side(init, apply, observe, scale=scale, of_factors=True, second_pass=False)
+
+
+def _averages(
+    moment_of: Callable[[Statistics], Any], decay: float, diagonal_of: Callable[[jax.Array], jax.Array]
+) -> tuple[
+    Callable[[FisherState, Statistics], jax.Array], Callable[[FisherState, Statistics], FisherState]
+]:
+    """``scale`` of a side, and the state after S has taken a batch, for a statistic with this diagonal."""
+
+    def averaged(state, old, new):
+        seen = (state.count + 1).astype(old.dtype)
+        return ema(old, new, jnp.minimum(decay, 1 - 1 / seen).astype(old.dtype))
+
+    def believed(state, moment):
+        """The part of a batch's moment that is taken, by its trace."""
+        most, trace = OUTLIER * diagonal_of(state.second_moment).sum(), diagonal_of(moment).sum()
+        return jnp.where((most > 0) & (trace > most), safe_divide(most, trace), 1)
+
+    def scale(state, statistics):
+        """The mean diagonal element that S is about to have."""
+        moment = _moment(moment_of, statistics)
+        old, new = diagonal_of(state.second_moment).mean(), diagonal_of(moment).mean()
+        good = (statistics.rows > 0) & jnp.isfinite(new)
+        return jnp.where(good, averaged(state, old, believed(state, moment) * new), old)
+
+    def average(state, statistics):
+        """A second moment with a bad element has one in that row's diagonal too."""
+        moment = _moment(moment_of, statistics)
+        good = (statistics.rows > 0) & all_finite(diagonal_of(moment))
+        part = believed(state, moment)
+        new = averaged(state, state.second_moment, part * moment)
+        counts = state.pairs.counts.at[1].add((good & (part < 1)).astype(jnp.int32))
+        return state._replace(
+            second_moment=jnp.where(good, new, state.second_moment),
+            count=state.count + good,
+            pairs=state.pairs._replace(counts=counts),
+        )
+
+    return scale, average
+
+
 def _moment(moment_of: Callable[[Statistics], Any], statistics: Statistics) -> jax.Array:
     moment = moment_of(statistics)
-    if moment is None:
+    if moment is not None:
+        return moment
+    if statistics.squares is None and statistics.grad_squares is None:
         raise ValueError(
-            "kfqn.fisher: this batch's statistics have no such second moment. That of the gradients is not"
-            " measured with kfqn.value_and_grad(..., forward=...), unless the loss marks its outputs:"
+            "kfqn.fisher: this batch's statistics have no second moment of the gradients, which"
+            " kfqn.value_and_grad(..., forward=...) does not measure unless the loss marks its outputs:"
             ' kfqn.outputs(residual, "normal").'
         )
-    return moment
+    raise ValueError(
+        "kfqn.fisher: this batch's statistics have no such second moment: the side is longer than the"
+        " max_dim of kfqn.find_layers, or it is that of the inputs of an embedding or of a convolution with"
+        " long patches. Raise that max_dim, or give the layer another side: where layer.slot_shapes has no"
+        ' "second_moment", kfqn.diagonal for inputs.'
+    )

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from kfqn_optax._capture.statistics import Statistics
-from kfqn_optax._sides.factor import PairCounts, no_pairs
 
 
 def _observe(state: Any, statistics: Statistics, damping: jax.Array) -> Any:
@@ -73,24 +72,3 @@ class Side(NamedTuple):
     second_pass: bool = True
     scale: Callable[[Any, Statistics], jax.Array] | None = None
     of_factors: bool = False
-
-
-class IdentityState(NamedTuple):
-    """State of a side that does nothing."""
-
-    factor: jax.Array
-    pairs: PairCounts
-
-
-def identity() -> Side:
-    """H = I: the side is not preconditioned."""
-
-    def init(dim, dtype):
-        del dim
-        return IdentityState(jnp.ones([], dtype), no_pairs(dtype))
-
-    def apply(state, x):
-        del state
-        return x
-
-    return Side(init, apply, second_pass=False)

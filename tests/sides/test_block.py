@@ -134,7 +134,7 @@ def test_dependent_pairs_in_float32_leave_the_factor_positive_definite(rng):
 
 def statistics(moment, rows=1.0):
     zero = jnp.zeros(len(moment), moment.dtype)
-    return Statistics(jnp.asarray(rows, moment.dtype), *[zero] * 5, jnp.asarray(moment), None)
+    return Statistics(jnp.asarray(rows, moment.dtype), *[zero] * 5, jnp.asarray(moment), None, None)
 
 
 def inverse_side(**options):

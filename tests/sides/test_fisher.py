@@ -19,7 +19,7 @@ def _float64():
 
 def statistics(moment, rows=3.0):
     zero = jnp.zeros(len(moment))
-    return Statistics(jnp.asarray(rows), *[zero] * 5, jnp.asarray(moment), None)
+    return Statistics(jnp.asarray(rows), *[zero] * 5, jnp.asarray(moment), None, None)
 
 
 def moments(count):

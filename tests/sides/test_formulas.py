@@ -320,6 +320,7 @@ def statistics(inputs=None, h=None, g=None):
         "product": np.zeros(inputs.shape[1]),
         "second_moment": oracles.second_moment(inputs),
         "grad_moment": None,
+        "grad_squares": None,
     }
     return Statistics(**{k: None if v is None else jnp.asarray(v) for k, v in given.items()})
 
@@ -726,7 +727,7 @@ def spectra(history):
 
 def zero_statistics(dim):
     zero = jnp.zeros(dim, jnp.float32)
-    return Statistics(jnp.ones([], jnp.float32), zero, zero, zero, zero, zero, None, None)
+    return Statistics(jnp.ones([], jnp.float32), zero, zero, zero, zero, zero, None, None, None)
 
 
 @pytest.mark.parametrize("name", RULES)
