@@ -56,6 +56,8 @@ def learn(
     sane: jax.Array,
 ) -> tuple[Sides, Any, Batch | None, Sides | None]:
     """The sides after they saw the batch, if it is one that they are to see, and what they were shown."""
+    if method.of_factors:
+        curvature.check_marks(grads)
 
     def look():
         batch = _batch(method, present, curvature, sane)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,12 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._capture.call import Call, slots_of
 from kfqn_optax._capture.examples import count_examples, take
-from kfqn_optax._capture.layers import Layers
+from kfqn_optax._capture.layers import Layer, Layers
 from kfqn_optax._capture.loss import Loss
+from kfqn_optax._capture.marks import Program, advice, straight, trace
 from kfqn_optax._capture.nnx_call import copier
-from kfqn_optax._capture.outputs import Mark, finding, sampling
+from kfqn_optax._capture.outputs import Mark, sampling
 from kfqn_optax._capture.parts import Parts
-from kfqn_optax._capture.quadratic import has_loop
 from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
 
 PROBES = 8
@@ -39,23 +39,19 @@ class Batch:
     def examples(self) -> int | None:
         return count_examples(self.owner.batch_argnums, self.call.args)
 
-    @property
-    def marks(self) -> list[Mark]:
-        """The marks of the loss."""
-        return self._traced[0]
-
-    @property
-    def looped(self) -> bool:
-        """Whether there is a loop in the loss."""
-        return self._traced[1]
+    @functools.cached_property
+    def program(self) -> Program:
+        """What tracing the loss tells of it."""
+        return trace(self.loss(None), self.call.params)
 
     @functools.cached_property
-    def _traced(self) -> tuple[list[Mark], bool]:
-        """The loss is traced for it, and not run."""
-        loss = lambda: self.call.value(self.owner.loss_fn, self.call.params, self.owner.has_aux)
-        with finding() as met:
-            program = jax.make_jaxpr(loss)()
-        return met, has_loop(program)
+    def straight(self) -> list[Mark] | None:
+        """The marks in which the loss does not bend; None for a loss that can be differentiated once."""
+        return straight(lambda: self.loss(None)(self.call.params)) if self.program.marks else []
+
+    def advice(self, layers: Sequence[Layer]) -> list[str]:
+        """What to say of the marks of the loss to one who trains these of its layers."""
+        return advice(self.program, self.straight or [], layers)
 
     def loss(self, rows: int | None) -> Callable[[ArrayTree], jax.Array]:
         """The loss of the model's examples as a function of the parameters."""

@@ -12,15 +12,15 @@ import optax
 from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.examples import check_rows
 from kfqn_optax._capture.layers import Layers
-from kfqn_optax._capture.loss import is_forward_mode
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.outputs import as_key, bits_of, gauss_newton
-from kfqn_optax._capture.parameters import check_like, is_masked
+from kfqn_optax._capture.parameters import check_like, is_masked, trained
 from kfqn_optax._capture.parts import Parts
-from kfqn_optax._capture.quadratic import Forms, forms_of
+from kfqn_optax._capture.quadratic import Forms, forms_by_differences, forms_of
 from kfqn_optax._capture.statistics import Statistics
 from kfqn_optax._numerics import inner, wide_dtype
 from kfqn_optax._shown import shown
+from kfqn_optax._warnings import warn_once
 
 LEAST = 0.01
 
@@ -104,13 +104,18 @@ class Curvature:
 
         Only an array whose leading axis counts the examples of ``batch_argnums`` is one of all of them.
         """
-        shapes = [mark.shape for mark in self._batch.marks]
+        shapes = [mark.shape for mark in self._batch.program.marks]
         return sum(math.prod(shape[shape[:1] == (self.examples,) :]) for shape in shapes)
 
     @property
     def distributions(self) -> tuple[str | None, ...]:
         """What the marks of the loss name."""
-        return tuple(mark.distribution for mark in self._batch.marks)
+        return tuple(mark.distribution for mark in self._batch.program.marks)
+
+    def check_marks(self, updates: optax.Updates) -> None:
+        """Warn once of marks that do not help one who trains the parameters not masked in ``updates``."""
+        for message in self._batch.advice(trained(self._batch.layers, updates)):
+            warn_once(message)
 
     @property
     def squared_norm(self) -> jax.Array:
@@ -142,6 +147,10 @@ class Curvature:
         mark (a penalty on the parameters) always have their own. With a mark it costs a forward pass and
         2 K products a layer (4 K where layers are scanned over).
 
+        A loss that has no forward mode, because of a ``jax.custom_vjp`` in it, gets the same forms by
+        differences of gradients, to about the square root of the parameters' precision, in 1 + 2 K
+        gradients (1 + K without a mark), and a warning.
+
         Args:
           directions: K trees u_i shaped like the parameters, in whose dtype they are taken; an
             ``optax.MaskedNode`` counts as zero.
@@ -155,7 +164,6 @@ class Curvature:
 
         Raises:
           ValueError: for no directions, or ones of another shape than the parameters.
-          TypeError: where the loss has a ``jax.custom_vjp``, which has no forward mode.
 
         Source: Martens, Grosse 2015, section 7.
         """
@@ -167,14 +175,17 @@ class Curvature:
             )
         for direction in directions:
             check_like(self.params, direction, "curvature.forms")
-        stacked = self._batch.looped and bool(self._batch.marks)
-        try:
-            with gauss_newton():
-                forms = forms_of(self._batch.loss(rows), self.params, directions, stacked)
-        except (TypeError, NotImplementedError) as error:
-            if is_forward_mode(error):
-                error.add_note(_FORMS_NOTE)
-            raise
+        program, loss = self._batch.program, self._batch.loss(rows)
+        if not program.reverse_only:
+            try:
+                with gauss_newton():
+                    stacked = program.looped and bool(program.marks)
+                    return self._batch.owner.mean(forms_of(loss, self.params, directions, stacked))
+            except (TypeError, ValueError, NotImplementedError):
+                pass  # no second derivative in forward mode; whatever else was wrong is raised again below
+        length = jnp.sqrt(self.squared_norm)
+        forms = forms_by_differences(loss, self.params, directions, length, bool(program.marks))
+        warn_once(_DIFFERENCES)
         return self._batch.owner.mean(forms)
 
     def factor_statistics(
@@ -215,7 +226,11 @@ class Curvature:
           with ``forward``.
         """
         check_rows(rows, "curvature.factor_statistics")
-        if any(self.distributions):
+        sampled = any(self.distributions)
+        if sampled and self._batch.straight is None:
+            warn_once(_ONCE)
+            sampled = False
+        if sampled:
             key = bits_of(self.value) if key is None else key
             return self._batch.sampled(self.params, rows, as_key(key))
         positions = {layer.name: layer.positions for layer in self._batch.layers}
@@ -291,7 +306,16 @@ def check_curvature(curvature: Any, layers: Layers) -> Curvature:
     return curvature
 
 
-_FORMS_NOTE = (
-    "curvature.forms differentiates loss_fn in forward mode, which a jax.custom_vjp in it does not allow."
-    " Write that function with jax.custom_jvp, or without a rule of its own."
+_DIFFERENCES = (
+    "curvature.forms: loss_fn has a function with a jax.custom_vjp, or another rule without forward mode"
+    " (odeint, a kernel). The second derivatives along the step are then differences of"
+    " gradients, good to about three digits in float32, which take five gradients for two directions. Exact"
+    " and cheaper are functions with jax.custom_jvp, or step_rule=kfqn.measured(), which needs no second"
+    ' derivatives. To silence this: warnings.filterwarnings("ignore", "curvature.forms", kfqn.KfqnWarning).'
+)
+_ONCE = (
+    "curvature.factors: loss_fn has a function that can be differentiated once only, after a mark"
+    " kfqn.outputs (a kernel whose backward pass has no derivative), so no labels can be sampled there. The"
+    " factors are those of the data's own gradients. Write that part of the loss in plain JAX. To silence"
+    ' this: warnings.filterwarnings("ignore", "curvature.factors", kfqn.KfqnWarning).'
 )

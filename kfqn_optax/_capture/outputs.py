@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from kfqn_optax._capture.reached import Reached
 from kfqn_optax._numerics import safe_divide, wide_dtype
 from kfqn_optax._shown import shown
 
@@ -123,16 +125,60 @@ def _rule(rule: Rule, key: object) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def finding() -> Iterator[list[Mark]]:
-    """Within this context a loss adds each of its marks to the list."""
-    met: list[Mark] = []
+def finding() -> Iterator[dict[str, Mark]]:
+    """Within this context a loss adds each of its marks, by the name that it has in the loss's program."""
+    met: dict[str, Mark] = {}
 
     def rule(z, distribution):
-        met.append(Mark(distribution, jnp.shape(z)))
-        return z
+        name = f"kfqn.outputs {len(met)}"
+        met[name] = Mark(distribution, jnp.shape(z))
+        return checkpoint_name(z, name)
 
     with _rule(rule, ("find", next(_calls))):
         yield met
+
+
+@contextlib.contextmanager
+def bending(s: jax.Array, t: jax.Array) -> Iterator[list[tuple[Mark, Reached]]]:
+    """Within this context marked arrays move with ``s`` and with ``t``.
+
+    Where dL/dt is differentiated by s, a mark's ``Reached`` is reached unless the derivative of dL/dt in
+    its array is zero whatever the numbers are, which JAX knows while tracing.
+    """
+    met: list[tuple[Mark, Reached]] = []
+
+    def rule(z, distribution):
+        reached = Reached()
+        met.append((Mark(distribution, jnp.shape(z)), reached))
+        return reached.watch(z + s.astype(z.dtype)) + t.astype(z.dtype)
+
+    with _rule(rule, ("bend", next(_calls))):
+        yield met
+
+
+@contextlib.contextmanager
+def pulled_back(axis: str) -> Iterator[None]:
+    """Within this context, and a ``jax.vmap`` with this axis, marks send cotangents to the first instance.
+
+    What comes back at a mark is summed over the axis and goes on through the model of that instance alone.
+    """
+    with _rule(lambda z, distribution: _taken_over(axis, z), ("pull back", axis)):
+        yield
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _taken_over(axis, z):
+    del axis
+    return z
+
+
+def _taken_over_backward(axis, residuals, cotangent):
+    del residuals
+    total = jax.lax.psum(cotangent, axis)
+    return (jnp.where(jax.lax.axis_index(axis) == 0, total, jnp.zeros_like(total)),)
+
+
+_taken_over.defvjp(lambda axis, z: (z, None), _taken_over_backward)
 
 
 @contextlib.contextmanager

@@ -144,6 +144,13 @@ def layers_within(layers: Layers, tree: ArrayTree, call: str) -> Layers:
     return dataclasses.replace(layers, found=tuple(kept))
 
 
+def trained(layers: Layers, tree: ArrayTree) -> list[Layer]:
+    """The layers whose kernels ``tree`` holds unmasked."""
+    present, _ = leaves_by_path(tree)
+    kernels = ((layer, _lookup(present, (*layer.path, layer.kernel_name))) for layer in layers)
+    return [layer for layer, kernel in kernels if kernel is not None and not is_masked(kernel)]
+
+
 def get_matrices(layers: Layers, tree: ArrayTree) -> dict[str, jax.Array]:
     """For each layer its matrix (*copies, d_in [+ 1], d_out) from a tree shaped like the parameters."""
     leaves, _ = leaves_by_path(tree)

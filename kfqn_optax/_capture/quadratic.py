@@ -1,4 +1,7 @@
-"""A loss along a few directions: its value, first and second derivatives there, in forward mode."""
+"""A loss along a few directions: its value, first and second derivatives there.
+
+In forward mode, which is exact and cheap, or by differences of gradients where there is no forward mode.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,9 +10,13 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
+from kfqn_optax._capture.dependence import programs_of
 from kfqn_optax._capture.nnx import as_arrays
+from kfqn_optax._capture.outputs import pulled_back
 from kfqn_optax._capture.parameters import is_masked
-from kfqn_optax._numerics import wide_dtype
+from kfqn_optax._numerics import inner, safe_divide, wide_dtype
+
+MOVED = "kfqn_moved"
 
 
 class Forms(NamedTuple):
@@ -39,6 +46,54 @@ def forms_of(
     stacked directions share it there too. Elsewhere they cost more: their copies, and without a mark the
     upper triangle.
     """
+    along, start, moves = _placed(loss, params, directions)
+    return (_stacked if stacked else _in_pairs)(along, start, moves)
+
+
+def forms_by_differences(
+    loss: Callable[[ArrayTree], jax.Array],
+    params: ArrayTree,
+    directions: Sequence[Any],
+    length: jax.Array,
+    marked: bool,
+) -> Forms:
+    """The forms of ``loss`` from its gradients at ``params`` and at a short way along each direction.
+
+    The way is sqrt(eps) times ``length``, that of the parameters. For a loss f(z(p), p) with marked z its
+    Gauss-Newton matrix times u is what J(p)^T df/dz, with J of the unmoved model, and df/dp change by: both
+    models are under one ``jax.vmap``, and cotangents at the marks of the moved one go back through the
+    other.
+    """
+    along, start, moves = _placed(loss, params, directions)
+    value, grads = jax.value_and_grad(along)(start)
+    size = max(float(jnp.finfo(leaf.dtype).eps) for leaf in start) ** 0.5 * length
+
+    def action(move):
+        way = safe_divide(size, jnp.sqrt(inner(move, move)))
+        moved = [(x + way * u).astype(x.dtype) for x, u in zip(start, move, strict=True)]
+        if not marked:
+            change = jax.tree.map(jnp.subtract, jax.grad(along)(moved), grads)
+        else:
+            both = [jnp.stack(pair) for pair in zip(start, moved, strict=True)]
+            signed = lambda values, sign: jax.grad(lambda values: sign * along(values))(values)
+            with pulled_back(MOVED):
+                of_both = jax.vmap(signed, axis_name=MOVED)(both, jnp.array([-1, 1], value.dtype))
+            change = [leaf.sum(0) for leaf in of_both]
+        return [safe_divide(leaf.astype(value.dtype), way) for leaf in change]
+
+    def row(move):
+        of_move = action(move)
+        return jnp.stack([inner(of_move, u) for u in moves])
+
+    # One after the other: gradients of such losses take long to compile, and a callback has no vmap.
+    matrix = jax.lax.map(row, [jnp.stack(leaves) for leaves in zip(*moves, strict=True)])
+    return Forms(value, jnp.stack([inner(grads, u) for u in moves]), (matrix + matrix.T) / 2)
+
+
+def _placed(
+    loss: Callable[[ArrayTree], jax.Array], params: ArrayTree, directions: Sequence[Any]
+) -> tuple[Callable[[list[jax.Array]], jax.Array], list[jax.Array], list[list[jax.Array]]]:
+    """The loss as a function of the leaves that move, these leaves, and the directions as lists of them."""
     leaves, structure = jax.tree.flatten(params)
     tangents = [_tangents(params, direction) for direction in directions]
     moving = [i for i in range(len(leaves)) if not all(is_masked(own[i]) for own in tangents)]
@@ -51,8 +106,7 @@ def forms_of(
         return value.astype(wide_dtype(value))
 
     start = [jnp.asarray(leaves[i]) for i in moving]
-    moves = [[_filled(own[i], leaves[i]) for i in moving] for own in tangents]
-    return (_stacked if stacked else _in_pairs)(along, start, moves)
+    return along, start, [[_filled(own[i], leaves[i]) for i in moving] for own in tangents]
 
 
 def has_loop(jaxpr: Any) -> bool:
@@ -60,14 +114,9 @@ def has_loop(jaxpr: Any) -> bool:
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         if equation.primitive.name in ("scan", "while"):
             return True
-        inner = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program)
-        if any(_is_program(value) and has_loop(value) for value in inner):
+        if any(map(has_loop, programs_of(equation))):
             return True
     return False
-
-
-def _is_program(value: Any) -> bool:
-    return hasattr(value, "eqns")
 
 
 def _stacked(

@@ -195,6 +195,7 @@ def quadratic(
 
     def propose(state, proposal):
         curvature = proposal.curvature
+        curvature.check_marks(proposal.direction)
         directions = [proposal.direction, state.last]
         taken = _enough(curvature) if rows is None else rows
         forms = curvature.forms(directions, rows=taken)
