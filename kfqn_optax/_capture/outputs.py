@@ -174,7 +174,14 @@ def _taken_over(axis, z):
 
 def _taken_over_backward(axis, residuals, cotangent):
     del residuals
-    total = jax.lax.psum(cotangent, axis)
+    try:
+        total = jax.lax.psum(cotangent, axis)
+    except AssertionError:  # JAX has no collective over the axis of a vmap in a shard_map with checks
+        raise NotImplementedError(
+            "curvature.forms: loss_fn has a jax.custom_vjp and a mark kfqn.outputs, inside a jax.shard_map"
+            " that checks what varies. Give the shard_map check_vma=False and kfqn.value_and_grad the"
+            " axis_name=, or take step_rule=kfqn.measured()."
+        ) from None
     return (jnp.where(jax.lax.axis_index(axis) == 0, total, jnp.zeros_like(total)),)
 
 
