@@ -14,10 +14,14 @@ from kfqn_optax._sides.chosen import fisher_sides, hessian_action_side, minibatc
 from kfqn_optax._sides.damping import double_damping, dp_dlm
 from kfqn_optax._sides.lbfgs import lbfgs
 from kfqn_optax._state import other_state
+from kfqn_optax._steps.gain import LEAST
 from kfqn_optax._steps.measured import MEASURED
-from kfqn_optax._steps.quadratic import QUADRATIC
+from kfqn_optax._steps.quadratic import QUADRATIC, is_quadratic
 from kfqn_optax._steps.rule import StepRule
 from kfqn_optax._transform import scale_by_kfqn
+from kfqn_optax._warnings import warn_once
+
+ADAMS = 1e-3  # the default learning rate of Adam in most libraries
 
 
 def kbfgs(
@@ -39,6 +43,7 @@ def kbfgs(
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-BFGS: Kronecker-factored BFGS with Hessian-action and double damping.
 
@@ -81,6 +86,8 @@ def kbfgs(
         every device. A ``jax.sharding.Mesh``.
       precision: of products of the factor algebra and of the step rule's passes over the model, as in
         ``jax.default_matmul_precision``.
+      seed: of all that is drawn, kept as a key in the state: labels of sampled gradients, and the examples
+        of parts of the batch.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -126,6 +133,7 @@ def kbfgs(
         factor_dtype=factor_dtype,
         factor_mesh=factor_mesh,
         precision=precision,
+        seed=seed,
     )
 
 
@@ -148,6 +156,7 @@ def kbfgs_l(
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-BFGS(L): :func:`kbfgs` with a limited-memory H_g, from the last ``memory`` damped pairs.
 
@@ -159,7 +168,7 @@ def kbfgs_l(
       limited_inputs: make H_a of limited memory too, with the minibatch action of :func:`kfqn`, so that
         no square factor is stored at all.
       damping, step_rule, momentum, decay, mu1, weight_decay, mask, update_every, others_decay,
-        max_dim, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
+        max_dim, factor_dtype, factor_mesh, precision, seed: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -197,6 +206,7 @@ def kbfgs_l(
         factor_dtype=factor_dtype,
         factor_mesh=factor_mesh,
         precision=precision,
+        seed=seed,
     )
 
 
@@ -219,6 +229,7 @@ def kfqn(
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """KF-QN: the cheaper variant, for convolutions and wide layers; no A is formed or stored.
 
@@ -231,7 +242,7 @@ def kfqn(
       layers: what :func:`find_layers` returned.
       damping: lambda > 0, without an upper limit here. A number or a schedule.
       step_rule, momentum, decay, mu1, weight_decay, mask, update_every, others_decay, groups,
-        start, max_dim, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
+        start, max_dim, factor_dtype, factor_mesh, precision, seed: as for :func:`kbfgs`.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``.
@@ -264,6 +275,7 @@ def kfqn(
         factor_dtype=factor_dtype,
         factor_mesh=factor_mesh,
         precision=precision,
+        seed=seed,
     )
 
 
@@ -283,6 +295,7 @@ def kfac(
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Kronecker factors of the Gauss-Newton matrix, and the step of a quadratic model: the default method.
 
@@ -313,7 +326,7 @@ def kfac(
         rows, and 32 at least.
       weight_decay: decoupled weight decay, as in ``optax.adamw``: multiplied by the learning rate, which is
         a thousand times Adam's here.
-      mask, factor_dtype, factor_mesh, precision: as for :func:`kbfgs`.
+      mask, factor_dtype, factor_mesh, precision, seed: as for :func:`kbfgs`.
       max_dim: a side longer than this, or than the ``max_dim`` of :func:`find_layers`, gets the diagonal of
         A or of G. None for 8192.
 
@@ -364,6 +377,7 @@ def kfac(
         factor_dtype=factor_dtype,
         factor_mesh=factor_mesh,
         precision=precision,
+        seed=seed,
     )
 
 
@@ -381,6 +395,7 @@ def _chain(
             " kfqn.find_layers returns come second."
         )
     check_constants(learning_rate=learning_rate, weight_decay=weight_decay)
+    _advise(learning_rate, weight_decay, settings["step_rule"])
     links: Any = (
         scale_by_kfqn(layers, probe_step=learning_rate, **settings),
         optax.add_decayed_weights(weight_decay, mask),
@@ -406,3 +421,25 @@ def _chain(
         return jax.tree.map(lambda u: jnp.where(made, u, 0), updates), state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
+
+
+def _advise(learning_rate: Any, weight_decay: Any, step_rule: Any) -> None:
+    """Warn of the habits of Adam with a rule that chooses the length of its steps itself."""
+    known = all(isinstance(x, (int, float)) for x in (learning_rate, weight_decay))
+    if not known or not is_quadratic(step_rule):
+        return
+    # The rule itself, where the losses of new batches rise, goes down to this part of its steps.
+    if 0 < learning_rate < LEAST:
+        warn_once(
+            f"kfqn: learning_rate={learning_rate!r} with kfqn.quadratic(), which chooses the length of its"
+            f" steps: {learning_rate:.2%} of each is made, and next to nothing is learnt. Give 1.0, or a"
+            " schedule that falls from 1.0."
+        )
+    # What Adam loses a step at its default with a weight decay of 1, ten times the largest in common use.
+    if learning_rate * weight_decay > ADAMS:
+        alike = f"{ADAMS * weight_decay / learning_rate:.1g}"
+        warn_once(
+            f"kfqn: weight_decay={weight_decay!r} is multiplied by learning_rate={learning_rate!r}, so each"
+            f" step takes {learning_rate * weight_decay:.2%} of the weights. To decay as Adam does with"
+            f" weight_decay={weight_decay!r} and a learning rate of {ADAMS}, give weight_decay={alike}."
+        )

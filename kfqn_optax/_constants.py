@@ -39,6 +39,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "probe_step": (lambda x: 0 <= x < inf, "at least 0 and finite"),
     "rate": (lambda x: 0 < x <= 1, "in (0, 1], 1 for a fixed damping"),
     "rows": (_whole, "a whole number of at least 1, or None for all"),
+    "seed": (lambda x: 0 <= x < 2**32 and x == int(x), "a whole number from 0 to 2**32 - 1"),
     "statistics_rows": (_whole, "a whole number of at least 1, None for all, or 'auto'"),
     "trust": (lambda x: x > 0, "positive"),
     "step_rule": (

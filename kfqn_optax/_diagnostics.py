@@ -1,5 +1,6 @@
 """What a user plots: how each layer's factors are doing."""
 
+import functools
 from typing import Any, TypedDict
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from kfqn_optax._capture.nnx import as_arrays
-from kfqn_optax._state import ScaleByKfqnState, map_states
+from kfqn_optax._state import ScaleByKfqnState, states_of
 
 
 class SideReport(TypedDict):
@@ -27,8 +28,8 @@ class LayerReport(TypedDict):
     output: SideReport
 
 
-class Report(TypedDict):
-    """What :func:`diagnostics` returns."""
+class Group(TypedDict):
+    """Of one kfqn_optax state."""
 
     count: jax.Array
     rejected: jax.Array
@@ -39,12 +40,18 @@ class Report(TypedDict):
     layers: dict[str, LayerReport]
 
 
+class Report(Group):
+    """What :func:`diagnostics` returns."""
+
+    groups: dict[str, Group]
+
+
 def diagnostics(opt_state: optax.OptState) -> Report:
     """Numbers about the optimizer's last step and its pairs so far; may be called under ``jax.jit``.
 
     Args:
-      opt_state: an optimizer state with one kfqn_optax state anywhere in it; ``optimizer.opt_state`` of
-        an ``nnx.Optimizer``.
+      opt_state: an optimizer state with a kfqn_optax state in it, or several (``optax.partition``);
+        ``optimizer.opt_state`` of an ``nnx.Optimizer``.
 
     Returns:
       A dictionary of
@@ -59,7 +66,11 @@ def diagnostics(opt_state: optax.OptState) -> Report:
       * ``"layers"``: for each layer name ``{"input": ..., "output": ...}``, each with ``"taken"``,
         ``"damped"`` and ``"skipped"`` (numbers of pairs), ``"ratio"`` (s^T y / y^T H y of the last
         pair before damping) and ``"norm"`` (Frobenius norm of the factor's arrays). Layers with
-        stacked copies have one number for each.
+        stacked copies have one number for each;
+      * ``"groups"``: the same for each kfqn_optax state on its own, by its label in ``optax.partition``, by
+        its place in ``opt_state`` elsewhere. With several, ``"layers"`` above holds those of all,
+        ``"rejected"`` and ``"outliers"`` are sums over them, ``"share"`` is the least, ``"count"`` the
+        most, and ``"damping"`` and ``"rule"`` are those of the first.
 
     Raises:
       ValueError: if there is no kfqn_optax state in ``opt_state``.
@@ -72,30 +83,37 @@ def diagnostics(opt_state: optax.OptState) -> Report:
       >>> kfqn.diagnostics(opt_state)["layers"]["."]["output"]["taken"]
       Array(0, dtype=int32)
     """
-    found: list[ScaleByKfqnState] = []
-
-    def collect(state: ScaleByKfqnState) -> ScaleByKfqnState:
-        found.append(state)
-        return state
-
-    map_states(collect, as_arrays(opt_state), "kfqn.diagnostics")
-    layers: dict[str, LayerReport] = {}
-    for state in found:  # several with optax.partition, each for its own layers
-        for name in state.inputs:
-            layers[name] = {
-                "input": _side(state.inputs[name]),
-                "output": _side(state.outputs[name]),
-            }
-    first = found[0]
-    rule = first.rule._asdict() if hasattr(first.rule, "_asdict") else {}
+    states = states_of(as_arrays(opt_state), "kfqn.diagnostics")
+    groups = {label: _group(state) for label, state in states.items()}
+    first, *others = own = list(groups.values())
+    if not others:
+        return {**first, "groups": groups}
+    over = lambda function, key: functools.reduce(function, (group[key] for group in own))
     return {
-        "count": first.count,
-        "rejected": first.rejected,
-        "outliers": first.usual.outliers,
-        "damping": first.damping,
-        "share": first.share,
+        "count": over(jnp.maximum, "count"),
+        "rejected": over(jnp.add, "rejected"),
+        "outliers": over(jnp.add, "outliers"),
+        "damping": first["damping"],
+        "share": over(jnp.minimum, "share"),
+        "rule": first["rule"],
+        "layers": {name: layer for group in own for name, layer in group["layers"].items()},
+        "groups": groups,
+    }
+
+
+def _group(state: ScaleByKfqnState) -> Group:
+    rule = state.rule._asdict() if hasattr(state.rule, "_asdict") else {}
+    return {
+        "count": state.count,
+        "rejected": state.rejected,
+        "outliers": state.usual.outliers,
+        "damping": state.damping,
+        "share": state.share,
         "rule": {name: value for name, value in rule.items() if getattr(value, "ndim", None) == 0},
-        "layers": layers,
+        "layers": {
+            name: {"input": _side(state.inputs[name]), "output": _side(state.outputs[name])}
+            for name in state.inputs
+        },
     }
 
 

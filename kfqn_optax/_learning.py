@@ -18,7 +18,6 @@ from kfqn_optax._state import ScaleByKfqnState
 from kfqn_optax._views import of_inputs, of_outputs, view
 
 LEARN_AT_FIRST = 30
-ROWS, LEAST_EXAMPLES = 250, 32
 PI_RANGE = (1e-12, 1e12)
 
 
@@ -36,14 +35,6 @@ class Sides(NamedTuple):
 
     inputs: dict[str, Any]
     outputs: dict[str, Any]
-
-
-def usual_rows(layers: Layers) -> int:
-    """Of how many examples statistics are taken, "auto".
-
-    Positions of one example tell nearly as much of A and G as other examples do, and cost as much.
-    """
-    return max(LEAST_EXAMPLES, ROWS // max((layer.positions for layer in layers), default=1))
 
 
 def learn(
@@ -84,7 +75,7 @@ def _batch(method: Method, present: Layers, curvature: Curvature, sane: jax.Arra
     before = seen(curvature.statistics)
     if not method.of_factors:
         return Batch(before, of_inputs(before), of_outputs(before), None)
-    statistics, sampled = curvature.factors(rows=method.statistics_rows)
+    statistics, sampled = curvature.factors(rows=method.factor_rows)
     of_factors = seen(statistics)
 
     def chosen(sides):

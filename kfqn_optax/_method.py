@@ -1,7 +1,8 @@
 """What the user of ``scale_by_kfqn`` chose."""
 
 import contextlib
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import optax
 from kfqn_optax._capture.layers import Layer, Layers
 from kfqn_optax._sides.side import Side
 from kfqn_optax._steps.rule import StepRule, as_given
+
+ROWS, LEAST_EXAMPLES = 250, 32
 
 
 class Method(NamedTuple):
@@ -25,10 +28,25 @@ class Method(NamedTuple):
     update_every: int
     learn_every: int
     others_decay: float | None
-    statistics_rows: int | None
+    statistics_rows: int | Literal["auto"] | None
     factor_dtype: Any
     factor_mesh: jax.sharding.Mesh | None
     precision: str
+    seed: int
+
+    def within(self, present: Layers) -> "Method":
+        """The method of an optimizer of these layers alone."""
+        inputs, outputs = (
+            {layer.name: sides[layer.name] for layer in present} for sides in (self.inputs, self.outputs)
+        )
+        return self._replace(inputs=inputs, outputs=outputs)
+
+    @property
+    def factor_rows(self) -> int | None:
+        """Of how many examples factors are made; None for all."""
+        if isinstance(self.statistics_rows, str):
+            return usual_rows([layer for layer in self.layers if layer.name in self.inputs])
+        return self.statistics_rows
 
     def dtype_of(self, layer: Layer) -> Any:
         return jnp.promote_types(self.factor_dtype or layer.dtype, jnp.float32)
@@ -64,3 +82,11 @@ class Method(NamedTuple):
         if self.precision == "highest" and jax.default_backend() == "cpu":
             return contextlib.nullcontext()
         return jax.default_matmul_precision(self.precision)
+
+
+def usual_rows(layers: Iterable[Layer]) -> int:
+    """Of how many examples statistics are taken, "auto".
+
+    Positions of one example tell nearly as much of A and G as other examples do, and cost as much.
+    """
+    return max(LEAST_EXAMPLES, ROWS // max((layer.positions for layer in layers), default=1))

@@ -28,25 +28,29 @@ def safe_divide(numerator: jax.Array | float, denominator: jax.Array) -> jax.Arr
 def all_finite(tree: ArrayTree) -> jax.Array:
     """Whether no element of any leaf is inf or NaN, as one boolean array.
 
-    Both survive a sum, which is one pass over each leaf. (So does an overflow of the sum itself, at
-    numbers no use could be made of.)
+    Both survive a sum, which is one pass over each leaf. (So does an overflow of the sum itself, in float32
+    or wider, at numbers no use could be made of.)
     """
 
     def total(tree):
         (leaves,) = pooled(tree)
-        return sum((leaf.sum() for leaf in leaves), start=jnp.zeros([]))
+        return sum((leaf.sum(dtype=wide_dtype(leaf)) for leaf in leaves), start=jnp.zeros([]))
 
     return jnp.isfinite(in_any_mesh(total, tree))
 
 
 def inner(a: ArrayTree, b: ArrayTree) -> jax.Array:
-    """<a, b> over all leaves of two trees of the same shapes."""
+    """<a, b> over all leaves of two trees of the same shapes, in float32 or wider."""
 
     def total(a, b):
         pairs = zip(*pooled(a, b), strict=True)
-        return sum((jnp.vdot(x, y).real for x, y in pairs), start=jnp.zeros([]))
+        return sum((_dot(x, y).real for x, y in pairs), start=jnp.zeros([]))
 
     return in_any_mesh(total, a, b)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.vdot(x, y, preferred_element_type=jnp.promote_types(wide_dtype(x), wide_dtype(y)))
 
 
 def pooled(*trees: ArrayTree) -> list[list[jax.Array]]:

@@ -16,6 +16,8 @@ class ScaleByKfqnState(NamedTuple):
 
     Attributes:
       count: how many times ``update`` was called.
+      key: the data of the PRNG key that ``seed`` gives, the same in all steps: draws take it folded with
+        ``count``.
       momentum: moving average of the gradient, shaped like the parameters; empty without momentum.
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
@@ -32,6 +34,7 @@ class ScaleByKfqnState(NamedTuple):
     """
 
     count: jax.Array
+    key: jax.Array
     momentum: ArrayTree
     inputs: dict[str, Any]
     outputs: dict[str, Any]
@@ -77,11 +80,25 @@ def _summary(part: Any) -> str:
 
 def map_states(function: Callable[[ScaleByKfqnState], ScaleByKfqnState], opt_state: Any, call: str) -> Any:
     """``opt_state`` with ``function`` applied to every :class:`ScaleByKfqnState` in it."""
-    is_state = lambda node: isinstance(node, ScaleByKfqnState)
-    nodes, structure = jax.tree.flatten(opt_state, is_leaf=is_state)
-    if not any(is_state(node) for node in nodes):
+    states_of(opt_state, call)
+    return jax.tree.map(lambda n: function(n) if _is_state(n) else n, opt_state, is_leaf=_is_state)
+
+
+def states_of(opt_state: Any, call: str) -> dict[str, ScaleByKfqnState]:
+    """Every :class:`ScaleByKfqnState` in ``opt_state``, by the keys on the way to it, or its path."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_state)
+    found = [(path, node) for path, node in nodes if _is_state(node)]
+    if not found:
         raise ValueError(
             f"{call}: there is no kfqn_optax state in the opt_state given. Pass what tx.init(params)"
             " returned, with tx from kfqn_optax."
         )
-    return jax.tree.unflatten(structure, [function(n) if is_state(n) else n for n in nodes])
+    keys = [[str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)] for path, _ in found]
+    labels = ["/".join(own) for own in keys]
+    if len(set(labels)) < len(labels) or not all(labels):
+        labels = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+    return dict(zip(labels, (node for _, node in found), strict=True))
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, ScaleByKfqnState)

@@ -13,23 +13,23 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature, check_curvature
 from kfqn_optax._capture.layers import Layer, Layers
-from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.parameters import (
     get_matrices,
-    is_masked,
     layers_within,
     set_matrices,
 )
 from kfqn_optax._constants import check_constants, check_factor_dtype, check_number, check_precision
 from kfqn_optax._divided import check_mesh, divided, gathered, whole
-from kfqn_optax._learning import Sides, learn, usual_rows
+from kfqn_optax._learning import Sides, learn
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._method import Method
-from kfqn_optax._numerics import all_finite, ema, inner, safe_divide, wide_dtype
+from kfqn_optax._numerics import all_finite, ema, inner, wide_dtype
+from kfqn_optax._objective import objective
 from kfqn_optax._over_layers import copied, each
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
@@ -39,6 +39,7 @@ from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, never
 from kfqn_optax._usual import UsualState, believed, far, kept, look
 from kfqn_optax._views import homogeneous, of_inputs, of_outputs, view
+from kfqn_optax._warnings import warn_once
 
 
 def scale_by_kfqn(
@@ -57,6 +58,7 @@ def scale_by_kfqn(
     factor_dtype: Any = None,
     factor_mesh: jax.sharding.Mesh | None = None,
     precision: str = "highest",
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the averaged gradient M of each layer to H_a M H_g, and go as far along it as a rule says.
 
@@ -87,6 +89,8 @@ def scale_by_kfqn(
         every device. Their sides are grown to multiples of the number of devices.
       precision: of products of the factor algebra and of the step rule's passes over the model, as in
         ``jax.default_matmul_precision``.
+      seed: of all that is drawn, kept as a key in the state: labels of sampled gradients, and the examples
+        of parts of the batch.
 
     Returns:
       A transformation whose ``update`` takes ``curvature=``, see :func:`value_and_grad`.
@@ -111,16 +115,16 @@ def scale_by_kfqn(
       (2, 2)
     """
     check_constants(probe_step=probe_step, damping=damping, momentum=momentum, update_every=update_every)
-    check_constants(learn_every=learn_every)
+    check_constants(learn_every=learn_every, seed=seed)
     check_factor_dtype(factor_dtype)
     check_mesh(factor_mesh)
     check_precision(precision)
     if not isinstance(layers, Layers):
         raise TypeError(f"kfqn: layers is a {type(layers).__name__}, not what kfqn.find_layers returns.")
-    if isinstance(statistics_rows, str) and statistics_rows == "auto":
-        statistics_rows = usual_rows(layers)
-    check_constants(others_decay=others_decay, statistics_rows=statistics_rows)
-    method = Method(
+    check_constants(others_decay=others_decay)
+    if not (isinstance(statistics_rows, str) and statistics_rows == "auto"):
+        check_constants(statistics_rows=statistics_rows)
+    settings = Method(
         layers,
         inputs={layer.name: input_side(layer) for layer in layers},
         outputs={layer.name: output_side(layer) for layer in layers},
@@ -135,30 +139,37 @@ def scale_by_kfqn(
         factor_dtype=factor_dtype,
         factor_mesh=factor_mesh,
         precision=precision,
+        seed=seed,
     )
 
     def init_fn(params):
-        return jax.tree.map(jnp.copy, _init(method, params))  # no two leaves in one buffer: donation
+        return jax.tree.map(jnp.copy, _init(settings, params))  # no two leaves in one buffer: donation
 
     def update_fn(updates, state, params=None, *, curvature=None, **extra_args):
         del params, extra_args
+        _advise(updates, state)
         present = layers_within(layers, updates, "kfqn: update")
-        check_state(state, jax.eval_shape(functools.partial(_init, method), updates))
+        check_state(state, jax.eval_shape(functools.partial(_init, settings), updates))
+        method = settings.within(present)
         state = _whole(method, present, state)
-        curvature = check_curvature(curvature, present).with_parts(state.count, method.statistics_rows)
-        raw, unit = _raw(curvature, updates)
+        curvature = check_curvature(curvature, present).within(updates, present)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+        curvature = curvature.with_parts(key, method.factor_rows)
+        curvature, grads, unit, decay = objective(curvature, updates)
         step_length = _at("the learning rate", probe_step, state.count)
         given = _at("the damping", method.damping, state.count)
         damping = method.rule.damping(state.rule, given, curvature)
         sane = all_finite(updates) & jnp.isfinite(curvature.value)
         sane &= jnp.isfinite(step_length) & (damping > 0) & jnp.isfinite(damping)
-        usual, sane = look(state.usual, curvature, updates, sane, method.leaves_out)
-        sides, rest, batch, dampings = learn(method, present, state, updates, curvature, damping, sane)
+        usual, sane = look(state.usual, curvature, present, updates, sane, method.leaves_out)
+        sides, rest, batch, dampings = learn(
+            method, present, state, updates, curvature, damping + decay, sane
+        )
         with method.precise():
             average = _average(method, state, updates, sane)
-            direction = _precondition(present, method, sides, rest, average, damping)
+            direction = _precondition(present, method, sides, rest, average, damping + decay)
             sane &= jnp.isfinite(inner(average, direction))
-        proposal = Proposal(raw, average, direction, step_length, damping, curvature)
+        proposal = Proposal(grads, average, direction, step_length, damping, curvature)
         with method.precise():
             step, rule_state = method.rule.propose(state.rule, proposal)
         sane &= all_finite(step)
@@ -171,7 +182,7 @@ def scale_by_kfqn(
             value=curvature.value,
             value_after=value_after,
             known=known,
-            slope=curvature.slope(update, raw),
+            slope=curvature.slope(update, grads),
             mean_slope=unit * curvature.slope(update, average),
             sane=sane & finite,
             update=update,
@@ -182,6 +193,7 @@ def scale_by_kfqn(
         momentum, sides, rest = _remembered(method, state, average, sides, rest, accept, sane)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
+            key=state.key,
             momentum=gathered(momentum, factor_mesh),
             inputs=_divided(method, present, sides.inputs),
             outputs=_divided(method, present, sides.outputs),
@@ -202,10 +214,12 @@ def scale_by_kfqn(
 
 def _init(method: Method, params: ArrayTree) -> ScaleByKfqnState:
     present = layers_within(method.layers, params, "kfqn: init")
+    method = method.within(present)
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, wide_dtype(p)), params)
     rest = others.paths(present, params)
     return ScaleByKfqnState(
         count=jnp.zeros([], jnp.int32),
+        key=jax.random.key_data(jax.random.key(method.seed)),
         momentum=() if method.without_momentum else zeros,
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),
@@ -293,7 +307,7 @@ def _second_pass(
 ) -> tuple[Sides, jax.Array, jax.Array, jax.Array]:
     """The sides after they saw the batch at the end of the step, the loss there, whether it is known, and
     whether what was measured there is finite."""
-    value_dtype = jnp.asarray(curvature.value)
+    value_before = jnp.asarray(curvature.value)
 
     def look(sides):
         with method.precise():
@@ -314,11 +328,10 @@ def _second_pass(
         return Sides(inputs, outputs), end.value, jnp.asarray(True), finite
 
     def pass_by(sides):
-        unknown = jnp.full_like(value_dtype, jnp.nan)
         if method.second_pass or method.rule.due is never:
-            return sides, unknown, jnp.asarray(False), jnp.asarray(True)
+            return sides, value_before, jnp.asarray(False), jnp.asarray(True)
         due = method.rule.due(state.rule)
-        value = jax.lax.cond(due, lambda: curvature.value_at(update), lambda: unknown)
+        value = jax.lax.cond(due, lambda: curvature.value_at(update), lambda: value_before)
         return sides, value, due, jnp.asarray(True)
 
     if not method.second_pass:
@@ -345,6 +358,17 @@ def _remembered(
     return optax.tree.where(sane, learnt[0], before[0]), *learnt[1:]  # sides saw no batch that is not sane
 
 
+def _advise(*trees: Any) -> None:
+    """Warn of a step that is run operation by operation."""
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
+    if not traced and not getattr(jax.config, "jax_disable_jit", False):
+        warn_once(
+            "kfqn: update was called outside jax.jit, where it takes seconds a step. Put"
+            " kfqn.value_and_grad(...), tx.update(...) and optax.apply_updates(...) into one function under"
+            " jax.jit (nnx.jit with an nnx.Optimizer)."
+        )
+
+
 def _at(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     if not callable(value):
         return jnp.asarray(value)
@@ -357,21 +381,3 @@ def _falling(matrix: jax.Array, direction: jax.Array) -> jax.Array:
     """The direction D of one layer, and M itself where rounding made a factor indefinite: <M, D> < 0."""
     slope = (matrix * direction).sum((-2, -1), keepdims=True)
     return jnp.where(slope < 0, matrix, direction)
-
-
-def _raw(curvature: Curvature, updates: ArrayTree) -> tuple[ArrayTree, jax.Array]:
-    """The gradient before it was scaled or clipped, masked as ``updates``, and its norm over theirs."""
-    raw = jax.tree.map(
-        lambda u, g: u if is_masked(u) else g,
-        as_arrays(updates),
-        as_arrays(curvature.grads),
-        is_leaf=is_masked,
-    )
-    given, raw = (
-        jax.tree.leaves(updates),
-        jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(raw)),
-    )
-    if all(u is g for u, g in zip(given, jax.tree.leaves(raw), strict=True)):
-        return updates, jnp.ones([])
-    norm = lambda tree: jnp.sqrt(inner(tree, tree))
-    return raw, safe_divide(norm(raw), norm(updates))

@@ -8,6 +8,7 @@ import optax
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
+from kfqn_optax._capture.layers import Layers
 from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide
 from kfqn_optax._steps.rule import Outcome
 
@@ -46,7 +47,12 @@ class UsualState(NamedTuple):
 
 
 def look(
-    state: UsualState, curvature: Curvature, grads: ArrayTree, sane: jax.Array, leave_out: bool
+    state: UsualState,
+    curvature: Curvature,
+    present: Layers,
+    grads: ArrayTree,
+    sane: jax.Array,
+    leave_out: bool,
 ) -> tuple[UsualState, jax.Array]:
     """What is usual after this batch, and whether the batch is to be learnt from.
 
@@ -54,7 +60,7 @@ def look(
     then by its loss and gradient alone, for its inputs may not be measured.
     """
     dtype = state.sizes.loss.dtype
-    inputs = _inputs(curvature) if leave_out else jnp.zeros([])
+    inputs = _inputs(curvature, present) if leave_out else jnp.zeros([])
     found = Sizes(jnp.abs(curvature.value), jnp.sqrt(inner(grads, grads)), inputs)
     state, outlier = observe(state, jax.tree.map(lambda size: size.astype(dtype), found), sane)
     return state, sane & ~outlier if leave_out else sane
@@ -77,8 +83,8 @@ def far(state: UsualState, outcome: Outcome) -> jax.Array:
     return outcome.known & (outcome.value_after - outcome.value > most)
 
 
-def _inputs(curvature: Curvature) -> jax.Array:
-    squares = (statistics.squares.sum() for statistics in curvature.statistics.values())
+def _inputs(curvature: Curvature, present: Layers) -> jax.Array:
+    squares = (curvature.statistics[layer.name].squares[..., : layer.rows].sum() for layer in present)
     return sum(squares, start=jnp.zeros([]))
 
 

@@ -35,7 +35,9 @@ ROOMS = {  # what the files of each folder may import of the package, besides th
     "_views": {"_capture"},
     "_method": {"_capture", "_sides", "_steps"},
     "_learning": {"_capture", "_sides", "_method", "_numerics", "_over_layers", "_state", "_views"},
+    "_objective": {"_capture", "_numerics"},
     "_transform": {
+        "_objective",
         "_method",
         "_learning",
         "_over_layers",

@@ -20,6 +20,7 @@ import orbax.checkpoint
 import pytest
 
 import kfqn_optax as kfqn
+from kfqn_optax._state import map_states
 from kfqn_optax.bench._quick import quick_jit
 from kfqn_optax.bench._simulated import simulated
 
@@ -396,6 +397,12 @@ def test_two_groups_of_kbfgs_are_independent_and_reported_together():
     report = jax.jit(kfqn.diagnostics)(state)
     assert list(report["layers"]) == ["Dense_0", "Dense_1"]
     assert report["layers"]["Dense_1"]["output"]["taken"] == 1
+    assert list(report["groups"]) == ["a", "b"]
+    assert list(report["groups"]["b"]["layers"]) == ["Dense_1"]
+    of_second = lambda own: own._replace(rejected=own.rejected + ("Dense_1" in own.inputs))
+    report = kfqn.diagnostics(map_states(of_second, state, "test"))
+    assert (report["rejected"], report["groups"]["b"]["rejected"]) == (1, 1)
+    assert report["groups"]["a"]["rejected"] == 0
 
 
 def test_inject_hyperparams_follows_its_schedules():

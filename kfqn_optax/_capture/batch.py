@@ -18,18 +18,24 @@ from kfqn_optax._capture.marks import Program, advice, straight, trace
 from kfqn_optax._capture.nnx_call import copier
 from kfqn_optax._capture.outputs import Mark, sampling
 from kfqn_optax._capture.parts import Parts
-from kfqn_optax._capture.statistics import Statistics, normalise, of_copies
+from kfqn_optax._capture.statistics import Statistics, normalise, of_copies, signed
 
 PROBES = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """The batch of one call, at any parameters: what a :class:`Curvature` and those after it ask."""
+    """The batch of one call, at any parameters: what a :class:`Curvature` and those after it ask.
+
+    Where what is minimised is not the loss, ``sign`` is 1 or -1, by which the loss counts in it, and
+    ``objective(loss, params)`` is what is minimised.
+    """
 
     owner: Loss
     call: Call
     parts: Parts = dataclasses.field(default_factory=Parts)
+    sign: jax.Array | None = None
+    objective: Callable[[jax.Array, ArrayTree], jax.Array] = lambda value, params: value
 
     @property
     def layers(self) -> Layers:
@@ -54,9 +60,10 @@ class Batch:
         return advice(self.program, self.straight or [], layers)
 
     def loss(self, rows: int | None) -> Callable[[ArrayTree], jax.Array]:
-        """The loss of the model's examples as a function of the parameters."""
+        """The loss of the model's examples, or what is minimised instead, as a function of parameters."""
         call = self._part(rows, of_model=True)
-        return lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
+        value = lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
+        return lambda params: self.objective(value(params), params)
 
     def statistics(
         self, params: ArrayTree, vectors: Mapping[str, jax.Array]
@@ -67,7 +74,10 @@ class Batch:
         value, sums = self.call.slot_grads(owner.tapped(owner.loss_fn), params, slots, owner.has_aux)
         sums = owner.with_inputs(sums, self.call, params, vectors)
         value, sums = owner.mean((value, sums))
-        return value, normalise(self.layers, params, sums, vectors)
+        statistics = normalise(self.layers, params, sums, vectors)
+        if self.sign is not None:
+            statistics = {name: signed(one, self.sign) for name, one in statistics.items()}
+        return self.objective(value, params), statistics
 
     def sampled(
         self, params: ArrayTree, rows: int | None, key: jax.Array
@@ -109,7 +119,8 @@ class Batch:
                 args, kwargs = copied()
                 with sampling(t, key):
                     value = self.owner.loss_fn(*args, **kwargs)
-                return value[0] if self.owner.has_aux else value
+                value = value[0] if self.owner.has_aux else value
+                return value if self.sign is None else self.sign * value
 
             return jax.grad(shifted)(jnp.zeros([]))
 

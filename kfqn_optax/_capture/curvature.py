@@ -1,8 +1,9 @@
 """The curvature of one batch: statistics of its layers, and what else a step may ask of it."""
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,16 +14,17 @@ from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.examples import check_rows
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.nnx import as_arrays
-from kfqn_optax._capture.outputs import as_key, bits_of, gauss_newton
-from kfqn_optax._capture.parameters import check_like, is_masked, trained
+from kfqn_optax._capture.outputs import as_key, gauss_newton
+from kfqn_optax._capture.parameters import check_like, is_masked, leaves_by_path, trained
 from kfqn_optax._capture.parts import Parts
 from kfqn_optax._capture.quadratic import Forms, forms_by_differences, forms_of
-from kfqn_optax._capture.statistics import Statistics
+from kfqn_optax._capture.statistics import Statistics, signed
 from kfqn_optax._numerics import inner, wide_dtype
 from kfqn_optax._shown import shown
 from kfqn_optax._warnings import warn_once
 
 LEAST = 0.01
+LABELS = 5  # folded into the key of a step; less than that is for its parts
 
 
 class Curvature:
@@ -48,6 +50,8 @@ class Curvature:
         statistics: dict[str, Statistics],
         batch: Batch,
         grads: optax.Updates | None = None,
+        key: int | jax.Array = 0,
+        own: optax.Updates | None = None,
     ):
         self.value = value
         self.params = params
@@ -56,10 +60,19 @@ class Curvature:
         self.examples = batch.examples
         self.devices = batch.owner.devices
         self._batch = batch
+        self._key = key
+        self._own = params if own is None else own
 
     @property
     def __jax_array__(self):
-        """What JAX asks of a value of no type it knows; not for a value that it was never to be given."""
+        """What JAX asks of a value of a type that it does not know; for all others there is none.
+
+        It asks where a value leaves or enters a traced function, and its own error would name no remedy.
+        """
+        frame = inspect.currentframe()
+        asking = None if frame is None else frame.f_back
+        if asking is not None and not asking.f_globals.get("__name__", "").startswith("jax."):
+            raise AttributeError("__jax_array__")
         raise ValueError(
             "kfqn: a Curvature cannot be an argument or a result of jax.jit, nor be carried by a loop: it"
             " belongs to the traced step that made it. Call kfqn.value_and_grad(...) and tx.update(...,"
@@ -83,10 +96,10 @@ class Curvature:
         vectors = vectors or {}
         _check_vectors(vectors, self._batch.layers)
         value, statistics = self._batch.statistics(moved, vectors)
-        return Curvature(value, moved, statistics, self._batch)
+        return Curvature(value, moved, statistics, self._batch, key=self._key, own=self._own)
 
     def with_parts(self, key: int | jax.Array, factor_rows: int | None) -> "Curvature":
-        """The same curvature, with parts of the batch drawn by this seed or key.
+        """The same curvature, with parts of the batch, and labels, drawn by this seed or key.
 
         So parts of a batch that is the same in every step are not always the same part.
 
@@ -96,7 +109,53 @@ class Curvature:
             :meth:`value_at` then take others, as far as there are others; None for all.
         """
         batch = dataclasses.replace(self._batch, parts=Parts(key, factor_rows))
-        return Curvature(self.value, self.params, self.statistics, batch, self.grads)
+        labels = jax.random.fold_in(as_key(key), LABELS)
+        return Curvature(self.value, self.params, self.statistics, batch, self.grads, labels, self._own)
+
+    def within(self, updates: optax.Updates, layers: Layers) -> "Curvature":
+        """The same curvature for an optimizer of some of the parameters, and of those layers.
+
+        What the others are, and what their layers see, changes nothing then.
+
+        Args:
+          updates: a tree of the optimizer's parameters: shaped like all of them with an
+            ``optax.MaskedNode`` for each of the others, or without the others.
+          layers: its layers.
+        """
+        statistics = {layer.name: self.statistics[layer.name] for layer in layers}
+        return Curvature(self.value, self.params, statistics, self._batch, self.grads, self._key, updates)
+
+    def of_objective(self, sign: jax.Array, added: Callable[[optax.Params], jax.Array]) -> "Curvature":
+        """The curvature of ``sign`` times the loss, plus what ``added`` is at the own parameters.
+
+        Args:
+          sign: 1 or -1. ().
+          added: takes parameters shaped as ``within`` was told. Its second derivatives are in ``forms``,
+            not in the statistics of layers.
+        """
+        objective = lambda value, params: jnp.asarray(
+            sign * value + added(self.of_own(params)), jnp.result_type(value)
+        )
+        batch = dataclasses.replace(self._batch, sign=sign, objective=objective)
+        value = objective(self.value, self.params)
+        statistics = {name: signed(one, sign) for name, one in self.statistics.items()}
+        return Curvature(value, self.params, statistics, batch, self.grads, self._key, self._own)
+
+    def of_own(self, tree: optax.Updates) -> optax.Updates:
+        """A tree shaped like all parameters, such as ``grads``, as the optimizer's own are shaped."""
+        leaves, _ = leaves_by_path(tree)
+        own, structure = leaves_by_path(self._own)
+        chosen = [leaf if is_masked(leaf) else leaves[path] for path, leaf in own.items()]
+        return jax.tree.unflatten(structure, chosen)
+
+    def _of_all(self, tree: optax.Updates) -> optax.Updates:
+        """A tree shaped like the optimizer's own parameters, masked where there are others."""
+        given, structure = leaves_by_path(as_arrays(tree))
+        if structure != jax.tree.structure(as_arrays(self._own), is_leaf=is_masked):
+            return tree  # shaped like all parameters, or an error
+        leaves, structure = leaves_by_path(as_arrays(self.params))
+        whole = [given.get(path, optax.MaskedNode()) for path in leaves]
+        return jax.tree.unflatten(structure, whole)
 
     @property
     def outputs(self) -> int:
@@ -119,13 +178,15 @@ class Curvature:
 
     @property
     def squared_norm(self) -> jax.Array:
-        """The sum of squares of all parameters, in float32 or wider.
+        """The sum of squares of all parameters of the optimizer that asks, in float32 or wider.
 
         At least a hundredth of that of layers whose kernels have variance 1 / d_in, d_out a layer, so
         that parameters which start at zero have a length too.
         """
-        wide = [p.astype(wide_dtype(p)) for p in jax.tree.leaves(as_arrays(self.params))]
-        usual = sum(math.prod(layer.copies) * layer.out_dim for layer in self._batch.layers)
+        own = jax.tree.leaves(as_arrays(self.of_own(self.params)))
+        wide = [p.astype(wide_dtype(p)) for p in own]
+        layers = [layer for layer in self._batch.layers if layer.name in self.statistics]
+        usual = sum(math.prod(layer.copies) * layer.out_dim for layer in layers)
         return jnp.maximum(inner(wide, wide), LEAST * usual)
 
     def value_at(self, updates: optax.Updates, rows: int | None = None) -> jax.Array:
@@ -173,6 +234,7 @@ class Curvature:
                 f"curvature.forms: directions is a {type(directions).__name__}, or empty. Give a list of"
                 " trees shaped like the parameters, one tree at least."
             )
+        directions = [self._of_all(direction) for direction in directions]
         for direction in directions:
             check_like(self.params, direction, "curvature.forms")
         program, loss = self._batch.program, self._batch.loss(rows)
@@ -209,9 +271,10 @@ class Curvature:
         Args:
           rows: sample on so many examples only, drawn across the batch, where ``batch_argnums`` tells
             what an example is.
-          key: a seed or a key for the samples; None derives it from the loss, so that it differs from step
-            to step. Draws differ in examples that are mapped or scanned over as far as the marked
-            arrays differ there.
+          key: a seed or a key for the samples. None takes the one of the step where an optimizer asks, and
+            the seed 0 elsewhere: fold the step's number into a key of your own for other draws in each
+            step. Draws differ in examples that are mapped or scanned over as far as the marked arrays
+            differ there.
         """
         return self.factors(rows, key)[0]
 
@@ -231,8 +294,7 @@ class Curvature:
             warn_once(_ONCE)
             sampled = False
         if sampled:
-            key = bits_of(self.value) if key is None else key
-            return self._batch.sampled(self.params, rows, as_key(key))
+            return self._batch.sampled(self.params, rows, as_key(self._key if key is None else key))
         positions = {layer.name: layer.positions for layer in self._batch.layers}
         return {name: _centred(value, positions[name]) for name, value in self.statistics.items()}, None
 
@@ -241,7 +303,7 @@ class Curvature:
 
         With the parameters as they are, rounded to their dtype; without those masked in ``grads``.
         """
-        grads = as_arrays(grads)
+        grads = as_arrays(self._of_all(grads))
         moved = jax.tree.map(
             lambda g, p, q: g if is_masked(g) else jnp.asarray(p - q, g.dtype),
             grads,
@@ -252,6 +314,7 @@ class Curvature:
         return inner(grads, moved)
 
     def _moved(self, updates: optax.Updates, call: str) -> optax.Updates:
+        updates = self._of_all(updates)
         check_like(self.params, updates, call)
         moved = jax.tree.map(
             lambda u, p: p if is_masked(u) else jnp.asarray(p + u, jnp.result_type(p)),
@@ -289,7 +352,9 @@ def check_curvature(curvature: Any, layers: Layers) -> Curvature:
             "  value_and_grad = kfqn.value_and_grad(loss_fn, layers)\n"
             "  loss, grads, curvature = value_and_grad(params, batch)\n"
             "  updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)\n"
-            "If you do pass it, a wrapper drops it: a plain optax.GradientTransformation around this one"
+            "If you do pass it, a wrapper drops it. Take kfqn.TrainState, whose"
+            " apply_gradients(grads=grads, curvature=curvature) passes it on, in the place of"
+            " flax.training.train_state.TrainState. A plain optax.GradientTransformation around this one"
             " must be an optax.GradientTransformationExtraArgs."
         )
     if not isinstance(curvature, Curvature):

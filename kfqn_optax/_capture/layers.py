@@ -69,6 +69,9 @@ class Layer:
     slot_shapes: Mapping[str, tuple[int, ...]]
     dtype: jnp.dtype
 
+    def __hash__(self) -> int:
+        return hash((self.path, self.kind, self.kernel_shape, self.bias_shape))  # slot_shapes has no hash
+
     @property
     def name(self) -> str:
         """The path as one string, the key of this layer in every state and report."""
@@ -216,12 +219,12 @@ def _factor_bytes(layer: Layer) -> int:
     return math.prod(layer.copies) * (inputs + side(layer.out_dim)) * layer.dtype.itemsize
 
 
-def join_layers(parts: Mapping[str, Layers] | Sequence[Layers]) -> Layers:
+def join_layers(parts: Mapping[str, Layers] | Sequence[Layers] | Any) -> Layers:
     """Layers of several models that one loss trains together.
 
     Args:
-      parts: the layers found on each model, in a dictionary, list or (named) tuple of the form of the
-        parameters that the loss takes.
+      parts: the layers found on each model, in a dictionary, list, (named) tuple or dataclass of the form
+        of the parameters that the loss takes.
 
     Returns:
       The layers of all models, their paths below the key (or the index) of their model.
@@ -243,6 +246,8 @@ def join_layers(parts: Mapping[str, Layers] | Sequence[Layers]) -> Layers:
       >>> [layer.name for layer in layers]
       ['encoder', 'decoder']
     """
+    if dataclasses.is_dataclass(parts) and not isinstance(parts, (Layers, type)):
+        parts = {field.name: getattr(parts, field.name) for field in dataclasses.fields(parts)}
     if not isinstance(parts, (Mapping, Sequence)) or isinstance(parts, str):
         raise TypeError(
             f"kfqn.join_layers: got a {type(parts).__name__}. Give a dictionary or list of what"

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core import meta
 
 from kfqn_optax._capture.layers import Path
 
@@ -22,6 +23,11 @@ def is_model(value: object) -> bool:
 
 def is_state(value: object) -> bool:
     return isinstance(value, nnx.State)
+
+
+def is_box(value: object) -> bool:
+    """Whether it is a leaf with what is known about it around (``nn.Partitioned``, ``nnx.Param``)."""
+    return isinstance(value, (meta.AxisMetadata, nnx.Variable))
 
 
 def as_arrays(tree: Any) -> Any:

@@ -10,6 +10,7 @@ import optax
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layer, Layers, Path
+from kfqn_optax._capture.nnx import is_box
 
 
 def is_masked(leaf: object) -> bool:
@@ -18,14 +19,18 @@ def is_masked(leaf: object) -> bool:
 
 def leaves_by_path(tree: ArrayTree) -> tuple[dict[Path, Any], Any]:
     """The leaves of a tree (and its ``MaskedNode``), keyed by path, in tree order, and its structure."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
-    return {_path(keys): leaf for keys, leaf in leaves}, structure
+    # A box around a leaf (nn.Partitioned) is not a place in the tree: its attribute is not in the path.
+    ends = lambda node: is_masked(node) or is_box(node)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=ends)
+    leaves = {
+        _path(keys): leaf for keys, node in nodes for leaf in jax.tree.leaves(node, is_leaf=is_masked)
+    }
+    return leaves, jax.tree.structure(tree, is_leaf=is_masked)
 
 
 def _path(keys: tuple[object, ...]) -> Path:
-    # A box around a leaf (nn.Partitioned) is no place in the tree: its attribute is left out.
-    attributes = (jax.tree_util.GetAttrKey, jax.tree_util.FlattenedIndexKey)
-    while len(keys) > 1 and isinstance(keys[-1], attributes):
+    unnamed = jax.tree_util.FlattenedIndexKey  # what is in a box of another package
+    while len(keys) > 1 and isinstance(keys[-1], unnamed):
         keys = keys[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
@@ -34,6 +39,9 @@ def put(tree: Any, path: Path, key: str, value: Any) -> Any:
     """``tree`` with ``value`` at ``key`` in the branch at ``path``; the tree given is not changed."""
     if hasattr(tree, "_replace"):  # a NamedTuple
         return tree._replace(**{path[0]: put(getattr(tree, path[0]), path[1:], key, value)})
+    if dataclasses.is_dataclass(tree):
+        changed: Any = dataclasses.replace
+        return changed(tree, **{path[0]: put(getattr(tree, path[0]), path[1:], key, value)})
     if isinstance(tree, (list, tuple)):
         branches = list(tree)
         branches[int(path[0])] = put(branches[int(path[0])], path[1:], key, value)
@@ -127,9 +135,18 @@ def _not_there(
 
 
 def layers_within(layers: Layers, tree: ArrayTree, call: str) -> Layers:
-    """The layers whose parameters ``tree`` holds unmasked; a masked bias leaves the kernel's rows."""
-    check_parameters(layers, tree, call)
+    """The layers whose parameters ``tree`` holds unmasked; a masked bias leaves the kernel's rows.
+
+    A tree of some of the parameters (``nnx.Optimizer(wrt=...)``) may leave layers out: these are masked.
+    """
     present, _ = leaves_by_path(tree)
+    held = [
+        layer
+        for layer in layers
+        if any(_lookup(present, path) is not None for path in layer.parameter_shapes)
+    ]
+    layers = dataclasses.replace(layers, found=tuple(held) or layers.found)
+    check_parameters(layers, tree, call)
     for path, leaf in present.items():
         if not is_masked(leaf) and jnp.iscomplexobj(leaf):
             raise ValueError(

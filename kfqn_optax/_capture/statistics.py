@@ -62,6 +62,14 @@ class Statistics(NamedTuple):
     part_grads: jax.Array | None = None
 
 
+def signed(statistics: Statistics, sign: jax.Array) -> Statistics:
+    """The statistics of ``sign`` times the loss, with ``sign`` of 1 or -1."""
+    flip = lambda grads: None if grads is None else (sign * grads).astype(grads.dtype)
+    return statistics._replace(
+        preactivation_grads=flip(statistics.preactivation_grads), part_grads=flip(statistics.part_grads)
+    )
+
+
 def normalise(
     layers: Layers,
     params: ArrayTree,

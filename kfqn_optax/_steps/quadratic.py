@@ -318,4 +318,9 @@ def _few(curvature: Curvature) -> jax.Array | bool:
     return functools.reduce(jnp.maximum, rows, jnp.zeros([])) < FEW
 
 
+def is_quadratic(rule: object) -> bool:
+    """Whether a step rule chooses the length of its steps as :func:`quadratic` does."""
+    return isinstance(rule, StepRule) and isinstance(jax.eval_shape(rule.init, {}), QuadraticState)
+
+
 QUADRATIC = quadratic()

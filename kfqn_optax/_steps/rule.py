@@ -15,12 +15,14 @@ class Proposal(NamedTuple):
     """What a rule is told before the step.
 
     Attributes:
-      grads: the gradient of the batch, shaped like the parameters.
+      grads: the gradient of the batch, shaped like the parameters: the one given to ``update``, without a
+        factor.
       average: the averaged gradient M of which the direction was made; ``grads`` without momentum.
       direction: D = H_a M H_g in each layer. The parameters move against it.
       learning_rate: the learning rate a of this step. ().
-      damping: the damping that the sides use. ().
-      curvature: the batch, which can be asked for ``forms`` and ``value_at``.
+      damping: the damping of the rule. ().
+      curvature: the batch, which can be asked for ``forms`` and ``value_at``: of the loss, or of what has
+        ``grads`` for its gradient (minus the loss, the loss with a penalty).
     """
 
     grads: optax.Updates
@@ -36,8 +38,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       value: the loss of the batch before the step. ().
-      value_after: the loss of the batch at the end of the step proposed, or NaN in a step in which it was
-        not asked for. ().
+      value_after: the loss of the batch at the end of the step proposed; ``value`` where it was not asked
+        for. ().
       known: whether it was asked for. ().
       slope: <g, -update>, by how much the loss falls along the step to first order. ().
       mean_slope: the same with the averaged gradient. ().
