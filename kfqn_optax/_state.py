@@ -16,8 +16,8 @@ class ScaleByKfqnState(NamedTuple):
 
     Attributes:
       count: how many times ``update`` was called.
-      key: the data of the PRNG key that ``seed`` gives, the same in all steps: draws take it folded with
-        ``count``.
+      key: the bits of the PRNG key that ``seed`` gives, the same in all steps: draws take it folded with
+        ``count``. int32, as the counts are: what knows no keys (checkpoints, tree maps) keeps it as it is.
       momentum: moving average of the gradient, shaped like the parameters; empty without momentum.
       inputs: for each layer name the state of its input side.
       outputs: for each layer name the state of its output side.
@@ -44,6 +44,16 @@ class ScaleByKfqnState(NamedTuple):
     damping: jax.Array
     share: jax.Array
     rejected: jax.Array
+
+
+def key_bits(seed: int | jax.Array) -> jax.Array:
+    """The ``key`` of a state."""
+    return jax.lax.bitcast_convert_type(jax.random.key_data(jax.random.key(seed)), jnp.int32)
+
+
+def key_of(state: ScaleByKfqnState) -> jax.Array:
+    """The PRNG key of a state."""
+    return jax.random.wrap_key_data(jax.lax.bitcast_convert_type(state.key, jnp.uint32))
 
 
 def check_state(state: Any, expected: ScaleByKfqnState) -> None:

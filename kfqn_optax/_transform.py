@@ -33,7 +33,7 @@ from kfqn_optax._objective import objective
 from kfqn_optax._over_layers import copied, each
 from kfqn_optax._sides import others
 from kfqn_optax._sides.side import Side
-from kfqn_optax._state import ScaleByKfqnState, check_state
+from kfqn_optax._state import ScaleByKfqnState, check_state, key_bits, key_of
 from kfqn_optax._steps.capped import as_rule
 from kfqn_optax._steps.measured import MEASURED
 from kfqn_optax._steps.rule import Outcome, Proposal, StepRule, never
@@ -153,7 +153,7 @@ def scale_by_kfqn(
         method = settings.within(present)
         state = _whole(method, present, state)
         curvature = check_curvature(curvature, present).within(updates, present)
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.count)
+        key = jax.random.fold_in(key_of(state), state.count)
         curvature = curvature.with_parts(key, method.factor_rows)
         curvature, grads, unit, decay = objective(curvature, updates)
         step_length = _at("the learning rate", probe_step, state.count)
@@ -219,7 +219,7 @@ def _init(method: Method, params: ArrayTree) -> ScaleByKfqnState:
     rest = others.paths(present, params)
     return ScaleByKfqnState(
         count=jnp.zeros([], jnp.int32),
-        key=jax.random.key_data(jax.random.key(method.seed)),
+        key=key_bits(method.seed),
         momentum=() if method.without_momentum else zeros,
         inputs=_divided(method, present, _input_states(method, present)),
         outputs=_divided(method, present, _output_states(method, present)),

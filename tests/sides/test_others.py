@@ -9,6 +9,7 @@ import pytest
 
 import kfqn_optax as kfqn
 from kfqn_optax._sides import others
+from kfqn_optax._state import key_of
 from kfqn_optax.bench._quick import quick_jit
 
 ROWS, DECAY = 12, 0.6
@@ -133,7 +134,9 @@ def test_kfac_divides_them_by_their_factor(marked, argnums, rng):
     @quick_jit
     def step(params, state, x, labels):
         _, grads, curvature = value_and_grad(params, x, labels)
-        sampled = curvature.rotated(state[0].count, state[0].key).factors()[1]
+        sampled = curvature.with_parts(
+            jax.random.fold_in(key_of(state[0]), state[0].count), None
+        ).factors()[1]
         updates, state = tx.update(grads, state, params, curvature=curvature)
         return updates, state, grads, sampled
 
