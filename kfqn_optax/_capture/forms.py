@@ -143,7 +143,7 @@ def form_sums(
     """The sums over rows of a layer's inputs, for ``tap``.
 
     For a convolution ``one_output(inputs, kernel)`` is the layer with one output channel a group and no
-    bias, and its kernel has the axes of the layer's.
+    bias. Its kernel has the axes of the layer's, and tells how many groups; its inputs, how many channels.
     """
     plain = functools.partial(_sums, form, one_output=one_output)
 

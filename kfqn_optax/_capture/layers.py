@@ -94,7 +94,7 @@ class Layer:
 
     @property
     def has_patches_moment(self) -> bool:
-        """Whether they hold A of a convolution, of the patches of a few examples."""
+        """Whether they hold A of a convolution, of the patches of some rows."""
         return "second_moment" in self.slot_shapes and self.kind in CONVOLUTIONS
 
     @property

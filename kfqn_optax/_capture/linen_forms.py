@@ -61,13 +61,17 @@ def sums_of(
     settings = {
         field.name: getattr(module, field.name)
         for field in dataclasses.fields(base)
-        if field.init and field.name not in ("parent", "name")
+        if field.init and field.name not in ("parent", "name", "features", "feature_group_count")
     }
-    settings.update(features=form.groups, use_bias=False, dtype=dtype, param_dtype=dtype)
-    settings["precision"] = "highest"
-    module = base(**settings, parent=None)
+    settings.update(use_bias=False, dtype=dtype, param_dtype=dtype, precision="highest")
+    build: Any = base
 
     def one_output(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        groups = kernel.shape[-1]
+        of_call = (
+            {"features": groups, "feature_group_count": groups} if base is nn.Conv else {"features": 1}
+        )
+        module = build(**settings, **of_call, parent=None)
         return jnp.asarray(module.apply({"params": {"kernel": kernel}}, inputs))
 
     return form_sums(form, inputs, slot, one_output)

@@ -136,7 +136,7 @@ def sums_of(
     dtype = slot["inputs"].dtype
     names = ["strides", "padding", "kernel_dilation"]
     if base is nnx.Conv:
-        names += ["input_dilation", "feature_group_count", "conv_general_dilated"]
+        names += ["input_dilation", "conv_general_dilated"]
     else:
         names += ["transpose_kernel"]
     settings = {name: getattr(module, name) for name in names}
@@ -144,13 +144,15 @@ def sums_of(
     build: Any = base
 
     def one_output(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        groups = {"feature_group_count": kernel.shape[-1]} if base is nnx.Conv else {}
         layer = build(
-            module.in_features,
-            form.groups,
+            inputs.shape[-1],
+            kernel.shape[-1] if base is nnx.Conv else 1,
             module.kernel_size,
             kernel_init=lambda *_: kernel,
             rngs=nnx.Rngs(0),
             **settings,
+            **groups,
         )
         return jnp.asarray(layer(inputs))
 

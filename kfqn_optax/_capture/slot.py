@@ -12,7 +12,7 @@ key                shape of the slot       what ``jax.grad`` returns for it
 ``grads``          (groups, d_out, 1)      sum over rows of dL/dh, h the layer's output
 ``grad_squares``   (groups, d_out, 1)      sum over rows of (dL/dh)^2, element by element
 ``second_moment``  (groups, d_in, d_in)    sum over rows of a a^T; only where a layer has this key, and
-                                           for a convolution estimated from the first few examples
+                                           for a convolution estimated from about 4096 rows
 ``product``        (groups, d_in, 1)       sum over rows of a (a^T v), v the *value* of ``vector``
 ``bias_product``   (groups, 1, 1)          sum over rows of a^T v
 ``vector``         (groups, d_in, 1)       nothing; it brings v to the layer

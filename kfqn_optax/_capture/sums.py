@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfqn_optax._capture.slot import Slot
 from kfqn_optax._capture.weights import row_weights, weights, weights_now
@@ -43,10 +44,11 @@ def convolution_sums(
 
     For a layer linear in its kernel, the layer with one output channel and kernel v gives every
     patch's a^T v, and its transpose in the kernel gives sums of patches. Only for ``second_moment`` are
-    patches formed, of some examples.
+    patches formed, of some rows.
 
     Args:
-      layer: ``layer(inputs, kernel) -> (*rows, groups)``, the layer with one output a group.
+      layer: ``layer(inputs, kernel) -> (*rows, groups)``, the layer with one output a group, and as many
+        groups and channels as kernel and inputs have.
       inputs: the layer's inputs.
       kernel: zeros of the shape of that one-output kernel, (..., groups); in C order without its last
         axis it is a row of d_in numbers.
@@ -77,7 +79,7 @@ def convolution_sums(
     return _shaped(sums, slot)
 
 
-PATCHES = 4096
+PATCHES, BLOCK = 4096, 512
 
 
 def _patches_moment(
@@ -90,28 +92,73 @@ def _patches_moment(
 ) -> jax.Array:
     """Sum over rows of a a^T, (groups, d_in, d_in), a the patches of a convolution, ``total`` their sum.
 
-    The covariance of the patches of the first examples, as many as have ``PATCHES`` rows, stands for that
-    of all; the mean is that of all, which leaves A positive semidefinite. Patches are the outputs of the
-    layer for the kernels that pick one element of a patch.
+    The covariance of the patches of some rows, about ``PATCHES``, stands for that of all; the mean is that
+    of all, which leaves A positive semidefinite. They are all rows of the first examples; where one example
+    has more, some positions of each, drawn once. About ``BLOCK`` of them are formed at a time.
     """
-    groups = kernel.shape[-1]
-    in_dim = kernel.size // groups
-    has_examples = len(rows) > kernel.ndim - 2  # and not positions alone
-    examples = max(1, PATCHES // max(1, math.prod(rows[1:])))
-    some = has_examples and examples < rows[0]
+    groups, in_dim = kernel.shape[-1], kernel.size // kernel.shape[-1]
+    lengths = inputs.shape[1 - kernel.ndim : -1]
+    places = _places(layer, lengths, kernel)
+    positions, offsets, _ = places.shape
+    count = math.prod(rows) // positions  # of examples
     w = jnp.ones(rows, inputs.dtype) if w is None else w
-    seen = w[:examples] if some else w
-    picks = jnp.eye(in_dim, dtype=inputs.dtype).reshape(in_dim, *kernel.shape[:-1], 1)
-    picks = jnp.broadcast_to(picks, (in_dim, *kernel.shape))
-    patches = jax.vmap(functools.partial(layer, inputs[:examples] if some else inputs))(picks)
-    weighted = patches * seen[None, ..., None]
-    moment = jnp.einsum("i...g,j...g->gij", weighted, patches, precision="highest")
-    if not some:
+    seen = w.reshape(count, positions)
+    examples = min(count, max(1, PATCHES // positions))
+    if positions > PATCHES:
+        examples = min(count, PATCHES)
+        some = np.sort(np.random.default_rng(0).permutation(positions)[: PATCHES // examples])
+        places, seen = places[some], seen[:, some]
+    seen = seen[:examples]
+    pixels = inputs.reshape(count, *lengths, inputs.shape[-1])[:examples]
+
+    def add(sums, block):
+        places, w = block
+        at = (slice(None), *jnp.moveaxis(places, -1, 0))
+        patches = pixels.at[at].get(mode="fill", fill_value=0)
+        patches = patches.reshape(-1, offsets, groups, in_dim // offsets)
+        patches = patches.swapaxes(1, 2).reshape(-1, groups, in_dim)
+        weighted = patches * w.reshape(-1, 1, 1)
+        moment = jnp.einsum("ngi,ngj->gij", weighted, patches, precision="highest")
+        return jax.tree.map(jnp.add, sums, (moment, weighted.sum(0))), None
+
+    blocks = min(len(places), -(-seen.size // BLOCK))
+    missing = -len(places) % blocks
+    grown = lambda array: jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+    split = lambda array: grown(array).reshape(blocks, -1, *array.shape[1:])
+    zero = _count(total, 0)
+    start = (
+        zero + jnp.zeros((groups, in_dim, in_dim), zero.dtype),
+        zero + jnp.zeros((groups, in_dim), zero.dtype),
+    )
+    parts = split(places), split(seen.T).swapaxes(1, 2)  # what fills the last block weighs nothing
+    (moment, sum_of_seen), _ = jax.lax.scan(add, start, parts)
+    if seen.size == w.size:
         return moment
-    mean = safe_divide(weighted.sum(tuple(range(1, weighted.ndim - 1))).T, seen.sum())
+    mean = safe_divide(sum_of_seen, seen.sum())
     mean_of_all = safe_divide(total, w.sum())
     outer = lambda m: m[:, :, None] * m[:, None, :]
     return w.sum() * (safe_divide(moment, seen.sum()) - outer(mean) + outer(mean_of_all))
+
+
+def _places(
+    layer: Callable[[jax.Array, jax.Array], jax.Array], lengths: tuple[int, ...], kernel: jax.Array
+) -> jax.Array:
+    """Which position of the input each element of the kernel sees at each position of the output.
+
+    Found by applying the layer, with the kernels that pick one element, to images of the coordinates, which
+    count from 1: 0 is padding. So strides, dilations, and padding of any kind are the layer's own.
+
+    Returns:
+      Coordinates in the input, beyond its end for padding. (positions, elements, axes).
+    """
+    axes = range(len(lengths))
+    images = jnp.stack([jax.lax.broadcasted_iota(kernel.dtype, lengths, axis) + 1 for axis in axes])
+    window = kernel.shape[:-2]
+    elements = math.prod(window)
+    picks = jnp.eye(elements, dtype=kernel.dtype).reshape(elements, *window, 1, 1)
+    seen = jax.vmap(functools.partial(layer, images[..., None]))(picks)
+    seen = jnp.round(seen).astype(jnp.int32).reshape(elements, len(lengths), -1)
+    return jnp.where(seen == 0, max(lengths), seen - 1).transpose(2, 0, 1)
 
 
 def embedding_sums(ids: jax.Array, slot: Slot) -> dict[str, jax.Array]:
