@@ -1,5 +1,6 @@
 """The batch of one call, which can be asked for more at any parameters."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.call import Call, slots_of
-from kfqn_optax._capture.examples import count_examples, take
+from kfqn_optax._capture.counted import Counted
+from kfqn_optax._capture.examples import take
 from kfqn_optax._capture.layers import Layer, Layers
 from kfqn_optax._capture.loss import Loss
 from kfqn_optax._capture.marks import Program, advice, straight, trace
@@ -33,6 +35,7 @@ class Batch:
 
     owner: Loss
     call: Call
+    counted: Counted
     parts: Parts = dataclasses.field(default_factory=Parts)
     sign: jax.Array | None = None
     objective: Callable[[jax.Array, ArrayTree], jax.Array] = lambda value, params: value
@@ -43,7 +46,7 @@ class Batch:
 
     @property
     def examples(self) -> int | None:
-        return count_examples(self.owner.batch_argnums, self.call.args)
+        return self.counted.examples
 
     @functools.cached_property
     def program(self) -> Program:
@@ -62,8 +65,13 @@ class Batch:
     def loss(self, rows: int | None) -> Callable[[ArrayTree], jax.Array]:
         """The loss of the model's examples, or what is minimised instead, as a function of parameters."""
         call = self._part(rows, of_model=True)
-        value = lambda params: call.value(self.owner.loss_fn, params, self.owner.has_aux)
-        return lambda params: self.objective(value(params), params)
+
+        def loss(params):
+            with self._errors(call, rows):
+                value = call.value(self.owner.loss_fn, params, self.owner.has_aux)
+            return self.objective(value, params)
+
+        return loss
 
     def statistics(
         self, params: ArrayTree, vectors: Mapping[str, jax.Array]
@@ -87,7 +95,8 @@ class Batch:
 
         def sums_of(key):
             tapped = self.owner.tapped(self._psi(key))
-            return call.all_grads(tapped, params, slots_of(self.layers, {}))
+            with self._errors(call, rows):
+                return call.all_grads(tapped, params, slots_of(self.layers, {}))
 
         if self.owner.forward is None:
             grads, sums = self.owner.mean(sums_of(key))
@@ -131,5 +140,11 @@ class Batch:
         examples = self.examples
         if examples is None or rows is None or rows >= examples:
             return self.call
+        self.counted.check_part()
         draw = self.parts.of_model if of_model else self.parts.of_factors
         return self.call.with_args(take(self.owner.batch_argnums, self.call.args, *draw(examples, rows)))
+
+    def _errors(self, call: Call, rows: int | None) -> contextlib.AbstractContextManager[None]:
+        if call is self.call or rows is None:
+            return contextlib.nullcontext()
+        return self.counted.of_other_number(rows)

@@ -75,3 +75,16 @@ def _pick(leaf: jax.Array, chosen: jax.Array, blocks: int) -> jax.Array:
         return of_each.reshape(rows, *leaf.shape[1:])
 
     return in_any_mesh(pick, leaf, chosen, specs=spec_with(leaf, rows))
+
+
+def twice(argnums: tuple[int, ...], args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``args`` with all examples, and all of them again."""
+
+    def doubled(leaf):
+        leaf = jnp.asarray(leaf)
+        return in_any_mesh(lambda leaf: jnp.concatenate([leaf, leaf]), leaf, like=leaf)
+
+    taken = list(args)
+    for number in argnums:
+        taken[number - 1] = jax.tree.map(doubled, args[number - 1])
+    return tuple(taken)

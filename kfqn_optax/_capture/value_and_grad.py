@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from kfqn_optax._capture.batch import Batch
 from kfqn_optax._capture.call import slots_of
+from kfqn_optax._capture.counted import Counted
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.examples import check_argnums
 from kfqn_optax._capture.found import with_parts
@@ -111,7 +112,8 @@ def value_and_grad(
       ValueError: when called with parameters that are not those ``layers`` were found on, or with a
         batch that ``groups`` does not divide; when called, if the loss depends on no call of a layer; for
         ``batch_argnums`` that are no positions after the parameters, or, when called, arguments there whose
-        leading axes are not all of one length.
+        leading axes are not all of one length, or a loss that needs this number of examples; when the
+        optimizer takes some of the examples, for a loss that is seen to be a sum over them.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, kfqn_optax as kfqn
@@ -187,7 +189,9 @@ class ValueAndGrad(Loss, Generic[Args, Value]):
             )
         loss_value, grads, sums = self.mean((loss_value, grads, sums))
         statistics = normalise(self.layers, call.params, sums, {})
-        curvature = Curvature(loss_value, call.params, statistics, Batch(self, call), grads)
+        batch = Batch(self, call, Counted(self, call))
+        batch.counted.check_number()
+        curvature = Curvature(loss_value, call.params, statistics, batch, grads)
         value: Any = (loss_value, aux) if self.has_aux else loss_value
         return value, grads, curvature
 
@@ -200,4 +204,4 @@ class ValueAndGrad(Loss, Generic[Args, Value]):
     ) -> dict[str, Statistics]:
         """For each layer name its statistics. Under ``jax.jit``, what is not used is not computed."""
         call = self.call(params, args, kwargs)
-        return Batch(self, call).statistics(call.params, vectors)[1]
+        return Batch(self, call, Counted(self, call)).statistics(call.params, vectors)[1]
