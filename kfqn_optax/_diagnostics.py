@@ -1,6 +1,7 @@
 """What a user plots: how each layer's factors are doing."""
 
 import functools
+import operator
 from typing import Any, TypedDict
 
 import jax
@@ -28,8 +29,8 @@ class LayerReport(TypedDict):
     output: SideReport
 
 
-class Group(TypedDict):
-    """Of one kfqn_optax state."""
+class Report(TypedDict):
+    """What :func:`diagnostics` returns."""
 
     count: jax.Array
     rejected: jax.Array
@@ -38,12 +39,6 @@ class Group(TypedDict):
     share: jax.Array
     rule: dict[str, jax.Array]
     layers: dict[str, LayerReport]
-
-
-class Report(Group):
-    """What :func:`diagnostics` returns."""
-
-    groups: dict[str, Group]
 
 
 def diagnostics(opt_state: optax.OptState) -> Report:
@@ -66,11 +61,12 @@ def diagnostics(opt_state: optax.OptState) -> Report:
       * ``"layers"``: for each layer name ``{"input": ..., "output": ...}``, each with ``"taken"``,
         ``"damped"`` and ``"skipped"`` (numbers of pairs), ``"ratio"`` (s^T y / y^T H y of the last
         pair before damping) and ``"norm"`` (Frobenius norm of the factor's arrays). Layers with
-        stacked copies have one number for each;
-      * ``"groups"``: the same for each kfqn_optax state on its own, by its label in ``optax.partition``, by
-        its place in ``opt_state`` elsewhere. With several, ``"layers"`` above holds those of all,
-        ``"rejected"`` and ``"outliers"`` are sums over them, ``"share"`` is the least, ``"count"`` the
-        most, and ``"damping"`` and ``"rule"`` are those of the first.
+        stacked copies have one number for each.
+
+      Of several states, as ``optax.partition`` has them, ``"layers"`` holds those of all, ``"rejected"``
+      and ``"outliers"`` are sums, ``"count"`` and ``"damping"`` the largest, ``"share"`` the least. ``"rule"``
+      has all five of each state, and the numbers of its rule, as ``"label/name"``: the label is that of the
+      group, or the place in ``opt_state``.
 
     Raises:
       ValueError: if there is no kfqn_optax state in ``opt_state``.
@@ -84,24 +80,28 @@ def diagnostics(opt_state: optax.OptState) -> Report:
       Array(0, dtype=int32)
     """
     states = states_of(as_arrays(opt_state), "kfqn.diagnostics")
-    groups = {label: _group(state) for label, state in states.items()}
-    first, *others = own = list(groups.values())
-    if not others:
-        return {**first, "groups": groups}
-    over = lambda function, key: functools.reduce(function, (group[key] for group in own))
+    reports = {label: _report(state) for label, state in states.items()}
+    if len(reports) == 1:
+        return next(iter(reports.values()))
+    over = lambda function, key: functools.reduce(function, (own[key] for own in reports.values()))
+    numbers = {
+        f"{label}/{name}": own[name]
+        for label, own in reports.items()
+        for name in ("count", "rejected", "outliers", "damping", "share")
+    }
+    rules = {f"{label}/{name}": x for label, own in reports.items() for name, x in own["rule"].items()}
     return {
         "count": over(jnp.maximum, "count"),
         "rejected": over(jnp.add, "rejected"),
         "outliers": over(jnp.add, "outliers"),
-        "damping": first["damping"],
+        "damping": over(jnp.maximum, "damping"),
         "share": over(jnp.minimum, "share"),
-        "rule": first["rule"],
-        "layers": {name: layer for group in own for name, layer in group["layers"].items()},
-        "groups": groups,
+        "rule": numbers | rules,
+        "layers": over(operator.or_, "layers"),
     }
 
 
-def _group(state: ScaleByKfqnState) -> Group:
+def _report(state: ScaleByKfqnState) -> Report:
     rule = state.rule._asdict() if hasattr(state.rule, "_asdict") else {}
     return {
         "count": state.count,

@@ -387,7 +387,7 @@ def test_partition_gives_each_group_its_own_method():
 
 def test_two_groups_of_kbfgs_are_independent_and_reported_together():
     layers, second = problem().layers, jax.tree.map(lambda keep: not keep, FIRST)
-    first_tx, second_tx = kfqn.kbfgs(LR, layers), kfqn.kbfgs(LR / 2, layers, damping=0.1)
+    first_tx, second_tx = kfqn.kbfgs(LR, layers, damping=0.3), kfqn.kbfgs(LR / 2, layers, damping=0.1)
     _, state, updates = run(optax.partition({"a": first_tx, "b": second_tx}, LABELS), steps=1)
     _, _, only_first = run(freeze_others(first_tx, FIRST), steps=1)
     _, _, only_second = run(freeze_others(second_tx, second), steps=1)
@@ -397,12 +397,12 @@ def test_two_groups_of_kbfgs_are_independent_and_reported_together():
     report = jax.jit(kfqn.diagnostics)(state)
     assert list(report["layers"]) == ["Dense_0", "Dense_1"]
     assert report["layers"]["Dense_1"]["output"]["taken"] == 1
-    assert list(report["groups"]) == ["a", "b"]
-    assert list(report["groups"]["b"]["layers"]) == ["Dense_1"]
+    for label, damping in (("a", 0.3), ("b", 0.1)):
+        np.testing.assert_allclose(report["rule"][f"{label}/damping"], damping)
+        assert 0 < report["rule"][f"{label}/cap"] <= 1
     of_second = lambda own: own._replace(rejected=own.rejected + ("Dense_1" in own.inputs))
     report = kfqn.diagnostics(map_states(of_second, state, "test"))
-    assert (report["rejected"], report["groups"]["b"]["rejected"]) == (1, 1)
-    assert report["groups"]["a"]["rejected"] == 0
+    assert (report["rejected"], report["rule"]["b/rejected"], report["rule"]["a/rejected"]) == (1, 1, 0)
 
 
 def test_inject_hyperparams_follows_its_schedules():
