@@ -64,9 +64,9 @@ def diagnostics(opt_state: optax.OptState) -> Report:
         stacked copies have one number for each.
 
       Of several states, as ``optax.partition`` has them, ``"layers"`` holds those of all, ``"rejected"``
-      and ``"outliers"`` are sums, ``"count"`` and ``"damping"`` the largest, ``"share"`` the least. ``"rule"``
-      has all five of each state, and the numbers of its rule, as ``"label/name"``: the label is that of the
-      group, or the place in ``opt_state``.
+      and ``"outliers"`` are sums, ``"count"`` and ``"damping"`` the largest, ``"share"`` the least.
+      ``"rule"`` has all five of each state, and the numbers of its rule, as ``"label/name"``: the label is
+      that of the group, or the place in ``opt_state``.
 
     Raises:
       ValueError: if there is no kfqn_optax state in ``opt_state``.
