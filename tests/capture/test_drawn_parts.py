@@ -185,3 +185,32 @@ def test_with_convolutions_factors_are_made_of_fewer_examples(positions, example
     ):
         np.testing.assert_array_equal(one, same)
         assert (one != other).any()
+
+
+def test_parts_of_a_batch_that_ends_in_padding_have_their_share_of_real_examples():
+    """A fifth of 1,024; the loss of a part is that of the real ones, and the padding is of another size."""
+    real = 1.0 * (jnp.arange(1024) < 205)
+    inputs = jnp.where(real[:, None] > 0, jax.random.normal(jax.random.key(2), (1024, 3)), 100.0)
+
+    def padded(params, x, mask):
+        with kfqn.weights(mask):
+            z = kfqn.outputs(model.apply({"params": params}, x), "normal")
+        return (mask[:, None] * (z - jnp.sin(x[:, :2])) ** 2).sum() / mask.sum()
+
+    @quick_jit
+    def at(key):
+        curvature = kfqn.value_and_grad(padded, layers, batch_argnums=(1, 2))(params, inputs, real)[2]
+        curvature = curvature.with_parts(key, 250)
+        zero = jax.tree.map(jnp.zeros_like, params)
+        counted = curvature.factor_statistics(rows=250)["."].rows
+        return (
+            curvature.value,
+            curvature.value_at(zero, rows=500),
+            curvature.forms([params], 500).value,
+            counted,
+        )
+
+    for seed in range(4):
+        value, at_part, of_forms, counted = at(jax.random.key(seed))
+        np.testing.assert_allclose([at_part, of_forms], value, rtol=0.3)
+        np.testing.assert_allclose(counted, 250 / 5, atol=2)
