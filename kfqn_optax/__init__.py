@@ -4,7 +4,6 @@ from kfqn_optax._alias import kbfgs as kbfgs
 from kfqn_optax._alias import kbfgs_l as kbfgs_l
 from kfqn_optax._alias import kfac as kfac
 from kfqn_optax._alias import kfqn as kfqn
-from kfqn_optax._capture.call import without_slots as without_slots
 from kfqn_optax._capture.curvature import Curvature as Curvature
 from kfqn_optax._capture.find_layers import find_layers as find_layers
 from kfqn_optax._capture.layers import Layer as Layer
@@ -13,6 +12,8 @@ from kfqn_optax._capture.layers import join_layers as join_layers
 from kfqn_optax._capture.nnx_call import merge as merge
 from kfqn_optax._capture.outputs import outputs as outputs
 from kfqn_optax._capture.quadratic import Forms as Forms
+from kfqn_optax._capture.routes import with_slots as with_slots
+from kfqn_optax._capture.routes import without_slots as without_slots
 from kfqn_optax._capture.statistics import Statistics as Statistics
 from kfqn_optax._capture.value_and_grad import value_and_grad as value_and_grad
 from kfqn_optax._capture.weights import weights as weights

@@ -129,18 +129,6 @@ def without_curvature(make):
     return lambda: trace(lambda p: make(0.1, LAYERS).update(p, make(0.1, LAYERS).init(p), p), PARAMS)
 
 
-def cast(params, x):
-    return LOSS(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), x)
-
-
-def minus(params, x):
-    return LOSS(params, x) + sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a - b).sum(), params, PARAMS)))
-
-
-def minus_reversed(params, x):
-    return LOSS(params, x) + sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a - b).sum(), PARAMS, params)))
-
-
 def initialised(params, make=kfqn.kbfgs, layers=LAYERS):
     return lambda: trace(make(0.1, layers).init, params)
 
@@ -260,9 +248,6 @@ CALL = {
     "batch first": (call(LOSS, X, PARAMS), ValueError, "(6, 4)", "the parameters first"),
     "None": (call(LOSS, None), ValueError, "hold []", "Call find_layers"),
     "integers": (call(LOSS, INTEGER), ValueError, "'steps' is of int32", "Keep it out of the parameters"),
-    "cast": (call(cast), ValueError, "bfloat16", "dtype=bfloat16", "param_dtype at float32"),
-    "combined": (call(minus), ValueError, "kfqn_slot", "params = kfqn.without_slots(params)"),
-    "combined, reversed": (call(minus_reversed), ValueError, "params = kfqn.without_slots(params)"),
     "a vector": (
         call(lambda p, x: MODEL.apply({"params": p}, x)[0]),
         TypeError,
@@ -309,6 +294,7 @@ CALL = {
     "nnx.merge": (
         nnx_call(lambda state, x: nnx.merge(GRAPHDEF, state)(x).mean(), STATE),
         ValueError,
+        "depends on no call",
         "kfqn.merge(graphdef, params, rest)",
     ),
 }

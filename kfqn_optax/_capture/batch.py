@@ -79,7 +79,8 @@ class Batch:
         """The loss and the statistics of the whole batch."""
         owner = self.owner
         slots = slots_of(self.layers, vectors)
-        value, sums = self.call.slot_grads(owner.tapped(owner.loss_fn), params, slots, owner.has_aux)
+        with owner.tapping():
+            value, sums = self.call.slot_grads(owner.noted(owner.loss_fn), params, slots, owner.has_aux)
         sums = owner.with_inputs(sums, self.call, params, vectors)
         value, sums = owner.mean((value, sums))
         statistics = normalise(self.layers, params, sums, vectors)
@@ -94,9 +95,8 @@ class Batch:
         call = self._part(rows, of_model=False)
 
         def sums_of(key):
-            tapped = self.owner.tapped(self._psi(key))
-            with self._errors(call, rows):
-                return call.all_grads(tapped, params, slots_of(self.layers, {}))
+            with self.owner.tapping(), self._errors(call, rows):
+                return call.all_grads(self.owner.noted(self._psi(key)), params, slots_of(self.layers, {}))
 
         if self.owner.forward is None:
             grads, sums = self.owner.mean(sums_of(key))

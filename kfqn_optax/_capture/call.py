@@ -1,6 +1,8 @@
 """One call of a loss as something that can be made again at other parameters, with slots for the sums."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -9,10 +11,8 @@ import jax.numpy as jnp
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.layers import Layers
-from kfqn_optax._capture.nnx import is_state
-from kfqn_optax._capture.parameters import put
-from kfqn_optax._capture.reached import Reached
-from kfqn_optax._capture.slot import SLOT
+from kfqn_optax._capture.program import equations
+from kfqn_optax._capture.routes import Found, NeedsSlots, Record, Routes, routing, with_slots
 
 
 class Call(Protocol):
@@ -29,7 +29,7 @@ class Call(Protocol):
     def value(self, loss_fn: Callable[..., Any], params: Any, has_aux: bool) -> jax.Array: ...
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Any], slots: Mapping[str, Any], has_aux: bool, reached: Reached
+        self, loss_fn: Callable[..., Any], slots: Mapping[str, Any], has_aux: bool, record: Record
     ) -> tuple[Any, Any, Any]: ...
 
     def slot_grads(
@@ -49,6 +49,7 @@ class TreeCall:
     params: ArrayTree
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    found: Found = dataclasses.field(default_factory=Found)
 
     def with_args(self, args):
         return dataclasses.replace(self, args=args)
@@ -57,47 +58,67 @@ class TreeCall:
         value = loss_fn(params, *self.args, **self.kwargs)
         return value[0] if has_aux else value
 
-    def value_and_grad(self, loss_fn, slots, has_aux, reached):
-        watched = self._with_slots(loss_fn, reached.watch)
-        function = jax.value_and_grad(watched, argnums=(0, 1), has_aux=has_aux)
-        value, (grads, sums) = function(self.params, slots)
-        return value, grads, sums
+    def value_and_grad(self, loss_fn, slots, has_aux, record):
+        def first_pass(record, beside):
+            loss = self._with_slots(loss_fn, beside, record=record)
+            function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)
+            value, (grads, sums) = function(self.params, slots)
+            return value, grads, sums
+
+        def plain(params):
+            value = loss_fn(params, *self.args, **self.kwargs)
+            return value[0] if has_aux else value
+
+        program = jax.make_jaxpr(plain)(self.params)
+        if any(equation.primitive.name.startswith("custom_vjp") for equation, _ in equations(program)):
+            self.found.beside = self._comes_to_life(first_pass)
+        made = first_pass(record, self.found.beside)
+        self.found.counts = None if record.mixed else record.counts
+        return made
+
+    def _comes_to_life(self, first_pass):
+        """Whether more layers are live if the loss is given slots among its parameters; traced, not run.
+
+        A silent layer may as well be one whose parameters the loss stops, and a loss may not take
+        parameters with slots: then it is given those without.
+        """
+        records = {False: Record(), True: Record()}
+        for beside, record in records.items():
+            with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
+                jax.eval_shape(lambda beside=beside, record=record: first_pass(record, beside)[2])
+            if not record.silent:
+                return beside
+        return len(records[True].live) > len(records[False].live)
 
     def slot_grads(self, loss_fn, params, slots, has_aux):
-        function = jax.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux)
-        value, sums = function(params, slots)
-        return (value[0] if has_aux else value), sums
+        counts = self.found.counts
+        # What is not known of the kernels, their derivative tells; XLA removes what is not used of it.
+        moved: Any = (0, 1) if counts is None else 1
+        loss = self._with_slots(loss_fn, self.found.beside, counts)
+        value, sums = jax.value_and_grad(loss, argnums=moved, has_aux=has_aux)(params, slots)
+        return (value[0] if has_aux else value), sums[1] if counts is None else sums
 
     def all_grads(self, loss_fn, params, slots):
-        return jax.grad(self._with_slots(loss_fn), argnums=(0, 1))(params, slots)
+        return jax.grad(self._with_slots(loss_fn, self.found.beside), argnums=(0, 1))(params, slots)
 
-    def _with_slots(self, loss_fn, watch=lambda slots: slots):
-        def loss(params, slots):
-            slots = watch(slots)
-            for layer in self.layers:
-                params = put(params, layer.path, SLOT, slots[layer.name])
+    def _with_slots(self, loss_fn, beside, counts=None, record=None):
+        def plain(params):
             return loss_fn(params, *self.args, **self.kwargs)
 
+        def loss(params, slots):
+            slots = slots if record is None else record.watch(slots)
+            routes = functools.partial(Routes, self.layers, params, slots, plain, counts, record)
+            try:
+                with routing(routes()):
+                    return plain(with_slots(params) if beside else params)
+            except (NeedsSlots, jax.errors.UnexpectedTracerError):
+                # The latter is JAX's where a custom_vjp meets slots that are not among its arguments.
+                if record is not None:
+                    record.clear()
+                with routing(routes(asked=False)):
+                    return plain(with_slots(params))
+
         return loss
-
-
-def without_slots(params: Any) -> Any:
-    """``params`` as given to ``value_and_grad``, for use inside ``loss_fn``.
-
-    There the parameters hold the slots of the statistics too. Most losses need not care: the slots are
-    zeros, and add nothing to a sum of squares. A loss does that combines the whole tree with another one
-    (the distance to older parameters, say), counts its elements, takes a norm of each leaf, or a penalty
-    whose derivative is not zero at 0: that derivative would be added to the statistics.
-
-    Example:
-      >>> import kfqn_optax as kfqn
-      >>> kfqn.without_slots({"dense": {"kernel": 1.0, "kfqn_slot": {"rows": 0.0}}})
-      {'dense': {'kernel': 1.0}}
-    """
-    if not hasattr(params, "items"):
-        return params
-    plain = {key: without_slots(value) for key, value in params.items() if key != SLOT}
-    return type(params)(plain) if is_state(params) else plain
 
 
 def slots_of(layers: Layers, vectors: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from kfqn_optax._capture.program import programs_of
+
 
 class Sources(NamedTuple):
     """What one value of the program depends on, where a derivative may flow.
@@ -52,19 +54,6 @@ def dependence(program: Any, marks: Mapping[str, int]) -> Dependence:
     inputs = [Sources(around=frozenset([i])) for i in range(len(program.jaxpr.invars))]
     loss = walk.outputs(program, inputs)[0]
     return Dependence(loss, frozenset(walk.nested), walk.reverse_only)
-
-
-def programs_of(equation: Any) -> list[Any]:
-    """The programs inside an equation, ``Jaxpr`` or closed ones: bodies of loops, branches, calls."""
-    return [value for entry in equation.params.values() for value in _listed(entry) if is_program(value)]
-
-
-def is_program(value: Any) -> bool:
-    return hasattr(value, "eqns")
-
-
-def _listed(entry: Any) -> Sequence[Any]:
-    return entry if isinstance(entry, (list, tuple)) else (entry,)
 
 
 class _Walk:

@@ -1,9 +1,10 @@
 """Flax linen: find the layers of a model, and route their outputs through the tap.
 
-Slots live in the ``params`` collection, next to the kernel: the only collection that every lifted
-transformation already carries to every layer. Inside a model, the module is met through
-``nn.intercept_methods``; a layer is recognised by the built-in ``__call__`` that is about to run, so a
-subclass that calls ``super().__call__`` is met once, and one that computes something else is not.
+Inside a model, the module is met through ``nn.intercept_methods``; a layer is recognised by the built-in
+``__call__`` that is about to run, so a subclass that calls ``super().__call__`` is met once, and one that
+computes something else is not. Which slot is its own, ``routes.py`` says. Slots of stacked layers are put
+into the ``params`` collection of the outermost module, next to the kernel: the only collection that every
+lifted transformation already carries to every layer.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ from kfqn_optax._capture.forms import Form, Unsupported, check_real
 from kfqn_optax._capture.found import layer_of, layers_of
 from kfqn_optax._capture.layers import MAX_DIM, Layer, Layers, Path
 from kfqn_optax._capture.linen_forms import form_of, sums_of
-from kfqn_optax._capture.parameters import leaves_by_path
+from kfqn_optax._capture.parameters import leaves_by_path, put
+from kfqn_optax._capture.routes import active
 from kfqn_optax._capture.slot import SLOT
 from kfqn_optax._capture.tap import add_virtual_bias, tap
 from kfqn_optax._constants import check_constants
@@ -229,7 +231,7 @@ def _stacked_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def tapping(bias_only: bool = False) -> Iterator[None]:
-    """Within this context, layers that find a slot beside their kernel send their output through it.
+    """Within this context, layers send their output through the slot that is theirs, if they have one.
 
     With ``bias_only`` as a virtual bias, which every kind of differentiation goes through and which
     gives the gradients of the outputs alone.
@@ -241,15 +243,46 @@ def tapping(bias_only: bool = False) -> Iterator[None]:
 
 def _tapping(bias_only: bool) -> Callable[..., Any]:
     def interceptor(call, args, kwargs, context):
-        outputs = call(*args, **kwargs)
-        module, base = context.module, _base(context)
-        if base is None or not module.has_variable("params", SLOT):
+        module, routes = context.module, active()
+        if routes is None or module.scope is None:
+            return call(*args, **kwargs)
+        if not routes.entered:
+            visible, _ = leaves_by_path(nn.meta.unbox(dict(module.variables.get("params", {}))))
+            with routes.enter(module.path, visible) as beside_stacks:
+                if beside_stacks:
+                    return _call_with_slots(context, beside_stacks, args, kwargs)
+                return interceptor(call, args, kwargs, context)
+        outputs, base = call(*args, **kwargs), _base(context)
+        if base is None:
             return outputs
         params = nn.meta.unbox(dict(module.variables["params"]))
-        slot, inputs = params[SLOT], _inputs(args, kwargs)
-        form = form_of(base, module, params, inputs, outputs, args, kwargs)
-        if bias_only:
-            return add_virtual_bias(outputs, slot, form.output_axes)
-        return tap(outputs, slot, sums_of(form, base, module, inputs, slot), form.output_axes)
+        kernel, inputs = params["embedding" if base is nn.Embed else "kernel"], _inputs(args, kwargs)
+        candidates = routes.candidates(module.path, kernel)
+
+        def through_tap(call, slot):
+            form = form_of(base, module, params, inputs, outputs, args, kwargs)
+            if bias_only:
+                return add_virtual_bias(call, outputs, slot, form.output_axes)
+            sums = sums_of(form, base, module, inputs, slot)
+            return tap(call, outputs, kernel, slot, sums, form.output_axes)
+
+        return routes.through(candidates, kernel, params.get(SLOT), outputs, through_tap)
 
     return interceptor
+
+
+def _call_with_slots(
+    context: nn.module.InterceptorContext, slots: dict[Path, Any], args: tuple, kwargs: dict
+) -> Any:
+    """What the module's method returns, run with these slots beside its kernels."""
+
+    def with_slots(variables):
+        params = variables["params"]
+        for path, slot in slots.items():
+            params = put(params, path, SLOT, dict(slot))
+        return {"params": params}
+
+    def method(module, *args, **kwargs):
+        return getattr(module, context.method_name)(*args, **kwargs)
+
+    return nn.map_variables(method, "params", trans_in_fn=with_slots)(context.module, *args, **kwargs)

@@ -1,7 +1,8 @@
 """A loss with what the capture has to know of it: its layers, its arguments, the axis of its devices."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 from kfqn_optax._capture.call import Call, TreeCall, slots_of
 from kfqn_optax._capture.examples import count_examples
 from kfqn_optax._capture.layers import Layers
-from kfqn_optax._capture.linen import tapping
-from kfqn_optax._capture.nnx import is_model, is_state
+from kfqn_optax._capture.linen import tapping as linen_tapping
+from kfqn_optax._capture.nnx import is_model
 from kfqn_optax._capture.nnx_call import ModelCall
 from kfqn_optax._capture.nnx_tap import tapping as nnx_tapping
 from kfqn_optax._capture.parameters import check_parameters
+from kfqn_optax._capture.routes import whole_pass
 from kfqn_optax._capture.slot import SLOT
 from kfqn_optax._shown import shown
 
@@ -64,8 +66,8 @@ class Loss:
         def total(params, *args, **kwargs):
             return sum(leaf.sum() for leaf in jax.tree.leaves(forward(params, *args, **kwargs)))
 
-        tapped = self.tapped(total, bias_only=False)
-        _, plain = call.slot_grads(tapped, params, slots_of(self.layers, vectors), False)
+        with self.tapping(bias_only=False):
+            _, plain = call.slot_grads(self.noted(total), params, slots_of(self.layers, vectors), False)
         for name, sum_of in plain.items():
             for key in (
                 "grad_squares",
@@ -98,13 +100,19 @@ class Loss:
             )
         return returned
 
-    def tapped(self, loss_fn: Callable[..., Any], bias_only: bool | None = None) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def tapping(self, bias_only: bool | None = None) -> Iterator[None]:
+        """The context of a pass with slots: of its backward part too, where a rule may call layers."""
         bias_only = self.forward is not None if bias_only is None else bias_only
+        with linen_tapping(bias_only), nnx_tapping(bias_only), whole_pass():
+            yield
+
+    def noted(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``loss_fn``, with notes on those of its errors that a remedy is known for."""
 
         def loss(*args, **kwargs):
             try:
-                with tapping(bias_only), nnx_tapping(bias_only):
-                    return loss_fn(*args, **kwargs)
+                return loss_fn(*args, **kwargs)
             except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
                 if "'State' object" in str(error):
                     error.add_note(_STATE_NOTE)
@@ -112,8 +120,8 @@ class Loss:
                     error.add_note(_SLOT_NOTE)
                 elif is_forward_mode(error):
                     error.add_note(_FORWARD_NOTE)
-                elif "leaves" in str(error) and any(map(is_state, jax.tree.leaves(args, is_leaf=is_state))):
-                    error.add_note(_MERGE_NOTE)
+                elif is_taylor_mode(error):
+                    raise ValueError(_TAYLOR) from error
                 raise
 
         return loss
@@ -125,21 +133,30 @@ def is_forward_mode(error: Exception) -> bool:
     return ("forward-mode" in text and "custom_vjp" in text) or "custom_lin" in text
 
 
+def is_taylor_mode(error: Exception) -> bool:
+    """Whether the error is that of ``jax.experimental.jet``, which met the operation of a tap."""
+    text = str(error)
+    return "JetTracer" in text or (isinstance(error, KeyError) and "custom_vmap" in text)
+
+
 _STATE_NOTE = (
     "kfqn.value_and_grad was called with an nnx.State, which loss_fn uses as a model. Call it with the"
     " model itself, or let loss_fn make one: model = kfqn.merge(graphdef, params, rest)."
-)
-_MERGE_NOTE = (
-    "kfqn.value_and_grad hands loss_fn the parameters with a slot beside each layer's kernel, which"
-    " nnx.merge does not know. Inside loss_fn write kfqn.merge(graphdef, params, rest) in its place."
 )
 _FORWARD_NOTE = (
     "kfqn.value_and_grad: loss_fn differentiates the model in forward mode (jax.jvp, jax.hessian,"
     " jax.jacfwd). Tell it how to apply the model plainly, on the inputs whose statistics matter:"
     " kfqn.value_and_grad(loss_fn, layers, forward=lambda params, *args: model.apply(...))."
 )
+_TAYLOR = (
+    "kfqn.value_and_grad: loss_fn differentiates the model in Taylor mode (jax.experimental.jet), in which"
+    " the statistics of its layers are lost. Differentiate in reverse mode (jax.grad of jax.grad), or tell"
+    " value_and_grad how to apply the model plainly, on the inputs whose statistics matter:"
+    " kfqn.value_and_grad(loss_fn, layers, forward=lambda params, *args: model.apply(...))."
+)
 _SLOT_NOTE = (
-    f"kfqn.value_and_grad hands loss_fn the parameters with an entry {SLOT!r} of zeros beside each"
-    " layer's kernel, so their tree is not that of the parameters you keep. Inside loss_fn, combine"
-    " parameters with another tree only after params = kfqn.without_slots(params)."
+    "kfqn.value_and_grad hands loss_fn the parameters with an entry 'kfqn_slot' of zeros beside the kernel"
+    " of each stacked layer, since the stack is in no module that the model calls. Put the lifted module"
+    " (nn.scan, nn.vmap) inside a module, or combine parameters with another tree only after"
+    " params = kfqn.without_slots(params)."
 )

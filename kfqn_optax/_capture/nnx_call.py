@@ -11,7 +11,8 @@ from optax import Params as ArrayTree
 from kfqn_optax._capture.layers import Layers, Path
 from kfqn_optax._capture.nnx import GRAPH, as_arrays
 from kfqn_optax._capture.nnx_tap import attach, detach
-from kfqn_optax._capture.reached import Reached
+from kfqn_optax._capture.parameters import leaves_by_path
+from kfqn_optax._capture.routes import Candidate, Found, Record, Routes, active, routing
 from kfqn_optax._capture.slot import SLOT, Slot
 from kfqn_optax._shown import shown
 
@@ -25,7 +26,8 @@ class ModelCall:
 
     def __init__(self, layers: Layers, model: nnx.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]):
         self.params = as_arrays(nnx.state(model, nnx.Param))
-        self._paths = {layer.name: layer.path for layer in layers}
+        self._layers = layers
+        self._found = Found()
         self._model, self.args, self._kwargs = model, args, kwargs
         # Random streams and metrics among the arguments are brought back to the start, too.
         self._leaves, self._structure = jax.tree.flatten((args, dict(kwargs)), is_leaf=_is_node)
@@ -33,13 +35,14 @@ class ModelCall:
         self._start = graphdef, as_arrays(state)
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Any], slots: Mapping[str, Slot], has_aux: bool, reached: Reached
+        self, loss_fn: Callable[..., Any], slots: Mapping[str, Slot], has_aux: bool, record: Record
     ) -> tuple[Any, Any, Any]:
         """Value, gradients and slot gradients; everything else the loss does to the model happens to it."""
         argnums = (nnx.DiffState(0, nnx.Param), 1)
-        loss = self._with_slots(loss_fn, reached.watch)
+        loss = self._with_slots(loss_fn, record=record)
         function = nnx.value_and_grad(loss, argnums=argnums, has_aux=has_aux, **GRAPH)
         value, (grads, sums) = function(self._model, dict(slots), self.args, dict(self._kwargs))
+        self._found.counts = None if record.mixed else record.counts
         return value, grads, sums
 
     def slot_grads(
@@ -47,9 +50,12 @@ class ModelCall:
     ) -> tuple[jax.Array, Any]:
         """The loss and the slot gradients at ``params``; the model stays as it is."""
         model, args, kwargs = self._at(params)
-        function = nnx.value_and_grad(self._with_slots(loss_fn), argnums=1, has_aux=has_aux, **GRAPH)
+        counts = self._found.counts
+        moved: Any = (nnx.DiffState(0, nnx.Param), 1) if counts is None else 1
+        loss = self._with_slots(loss_fn, counts=counts)
+        function = nnx.value_and_grad(loss, argnums=moved, has_aux=has_aux, **GRAPH)
         value, sums = function(model, dict(slots), args, kwargs)
-        return (value[0] if has_aux else value), sums
+        return (value[0] if has_aux else value), sums[1] if counts is None else sums
 
     def all_grads(
         self, loss_fn: Callable[..., Any], params: ArrayTree, slots: Mapping[str, Slot]
@@ -85,12 +91,21 @@ class ModelCall:
         return model, *jax.tree.unflatten(self._structure, leaves)
 
     def _with_slots(
-        self, loss_fn: Callable[..., Any], watch: Callable[[Any], Any] = lambda slots: slots
+        self,
+        loss_fn: Callable[..., Any],
+        counts: Mapping[int, bool] | None = None,
+        record: Record | None = None,
     ) -> Callable[..., Any]:
+        layers = {layer.path: [Candidate((), layer)] for layer in self._layers}
+
         def loss(model, slots, args, kwargs):
-            slots = watch(slots)
-            attach(model, {self._paths[name]: slot for name, slot in slots.items()})
-            value = loss_fn(model, *args, **kwargs)
+            slots = slots if record is None else record.watch(slots)
+            attach(model, layers, {x.path: slots[x.name] for x in self._layers if x.stack})
+            routes = Routes(
+                self._layers, {}, slots, lambda params: loss_fn(model, *args, **kwargs), counts, record
+            )
+            with routing(routes):
+                value = loss_fn(model, *args, **kwargs)
             detach(model)
             return value
 
@@ -122,9 +137,8 @@ def copier(tree: Any) -> Callable[[], Any]:
 def merge(graphdef: Any, *states: Any) -> Any:
     """``nnx.merge`` for a loss of the parameters alone, as the functional style of NNX has it.
 
-    ``kfqn.value_and_grad`` hands such a loss its parameters with a slot beside each layer's kernel,
-    which ``nnx.merge`` does not know. This function takes the slots out and gives them to the layers of
-    the model that it returns; without slots it is ``nnx.merge(..., copy=True)``.
+    Inside the loss of ``kfqn.value_and_grad`` it taps the layers of the model that it returns, of which
+    plain ``nnx.merge`` knows nothing; anywhere else it is ``nnx.merge(..., copy=True)``.
 
     Args:
       graphdef, *states: what ``nnx.split`` returned, the parameters among them.
@@ -155,18 +169,35 @@ def merge(graphdef: Any, *states: Any) -> Any:
                 f"kfqn.merge: expected an nnx.State, got a {type(state).__name__}. Call what"
                 " kfqn.value_and_grad returned with the State of the parameters, as nnx.split gave it."
             )
-    slots: dict[Path, Slot] = {}
-    plain = [_take_slots(state, (), slots) for state in states]
-    model = nnx.merge(graphdef, *plain, copy=True)
-    attach(model, slots)
+    beside: dict[Path, Slot] = {}
+    plain = [_without_slots(state, (), beside) for state in states]
+    model, routes = nnx.merge(graphdef, *plain, copy=True), active()
+    if routes is not None:
+        visible, _ = leaves_by_path(as_arrays(nnx.state(model, nnx.Param)))
+        with routes.enter((), visible) as stacked:
+            found = {
+                path: routes.candidates(path, kernel, whole=True) for path, kernel in _kernels(visible)
+            }
+        attach(model, {path: layers for path, layers in found.items() if layers}, stacked | beside)
     return model
 
 
-def _take_slots(state: Any, path: Path, slots: dict[Path, Slot]) -> Any:
+def _kernels(visible: Mapping[Path, jax.Array]) -> list[tuple[Path, jax.Array]]:
+    return [
+        (path[:-1], leaf) for path, leaf in visible.items() if path[-1:] in (("kernel",), ("embedding",))
+    ]
+
+
+def _without_slots(state: Any, path: Path, slots: dict[Path, Slot]) -> Any:
+    """``state`` without the slots of :func:`with_slots`, which are entered in ``slots``."""
     if not isinstance(state, (nnx.State, dict)):
         return state
     if SLOT in state:
         slots[path] = state[SLOT]
     return type(state)(
-        {key: _take_slots(value, (*path, str(key)), slots) for key, value in state.items() if key != SLOT}
+        {
+            key: _without_slots(value, (*path, str(key)), slots)
+            for key, value in state.items()
+            if key != SLOT
+        }
     )

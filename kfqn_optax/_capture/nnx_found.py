@@ -16,6 +16,7 @@ from kfqn_optax._capture.nnx import modules_of
 from kfqn_optax._capture.nnx_forms import BASES, form_of_any_call, needs_call, one_copy, stacked_axes
 from kfqn_optax._capture.nnx_tap import attach, recording
 from kfqn_optax._capture.parameters import leaves_by_path
+from kfqn_optax._capture.routes import Candidate
 from kfqn_optax._shown import shown
 
 _WRAPPERS = tuple(getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name))
@@ -134,7 +135,7 @@ def _search(
         merged = [next(values) if t else leaf for t, leaf in zip(traced, leaves, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, merged)
         fresh = nnx.merge(graphdef, state, copy=True)
-        attach(fresh, {layer.path: _zeros(layer) for layer in layers})
+        attach(fresh, {layer.path: [Candidate((), layer)] for layer in layers})
         if method is None:
             fresh(*args, **kwargs)
         elif isinstance(method, str):
@@ -153,7 +154,3 @@ def _search(
             )
             raise
     return calls
-
-
-def _zeros(layer: Layer) -> dict[str, jax.Array]:
-    return {key: jnp.zeros(shape, layer.dtype) for key, shape in layer.slot_shapes.items()}

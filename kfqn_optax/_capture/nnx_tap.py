@@ -1,9 +1,10 @@
 """The outputs of a Flax NNX model's layers, routed through the tap.
 
-NNX has no interceptors. Inside the loss, on a copy of the model made for it, each layer gets its slot as
-one more ``nnx.Param`` beside its kernel, so that whatever lifts its parameters (``nnx.scan``, ``nnx.vmap``,
-``nnx.StateAxes({nnx.Param: 0})``) lifts the slot along, and its class becomes a subclass that taps the
-built-in ``__call__``. Slot and class go back before the loss returns: nothing stays on the model.
+NNX has no interceptors. Inside the loss, on a copy of the model made for it, each layer is given its name,
+and its class becomes a subclass that taps the built-in ``__call__``; ``routes.py`` has its slot. Where
+copies of a layer are stacked, each needs a slot of its own: there it is one more ``nnx.Param`` beside the
+kernel, so that what lifts the layer's parameters (``nnx.scan``, ``nnx.StateAxes({nnx.Param: 0})``) lifts
+the slot along. Name, slot and class go back before the loss returns: nothing stays on the model.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import functools
 import itertools
 import threading
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from kfqn_optax._capture.forms import Form, Unsupported, check_real
 from kfqn_optax._capture.layers import Path
 from kfqn_optax._capture.nnx import as_arrays, modules_of
 from kfqn_optax._capture.nnx_forms import BASES, form_of, sums_of
+from kfqn_optax._capture.routes import Candidate, active
 from kfqn_optax._capture.slot import SLOT, Slot
 from kfqn_optax._capture.tap import add_virtual_bias, tap
 
@@ -38,7 +40,7 @@ _local = _Local()
 
 
 class _SlotParam(nnx.Param):
-    """The slot of the layer named ``kfqn_layer``; a Param goes where the layer's parameters go."""
+    """The slot of a stacked layer; a Param goes where the layer's parameters go."""
 
 
 @contextlib.contextmanager
@@ -64,12 +66,26 @@ def recording() -> Iterator[dict[str, Form | Unsupported]]:
         _local.calls = None
 
 
-def attach(model: Any, slots: Mapping[Path, Slot]) -> None:
-    """Put slots beside the kernels of the layers at these paths, and tap the layers."""
+NAMES = "kfqn_layers"
+
+
+def attach(
+    model: Any, candidates: Mapping[Path, Sequence[Candidate]], beside: Mapping[Path, Slot] | None = None
+) -> None:
+    """Tap the layers at these paths of a model.
+
+    Args:
+      model: the model.
+      candidates: for the path of each module the layers that it may be.
+      beside: slots to be put beside kernels.
+    """
     modules = modules_of(model)
-    for path, slot in slots.items():
+    for path, found in candidates.items():
         module = modules[path]
-        setattr(module, SLOT, _SlotParam(dict(slot), kfqn_layer="/".join(path) or "."))
+        # A string, which is static: what lifts or jits the module takes it along.
+        setattr(module, NAMES, "\n".join(f"{len(start)} {layer.name}" for start, layer in found))
+        if beside and path in beside:
+            setattr(module, SLOT, _SlotParam(dict(beside[path])))
         object.__setattr__(module, "__class__", _tapped_class(type(module)))
 
 
@@ -77,13 +93,15 @@ def detach(model: Any) -> None:
     """Undo ``attach``."""
     for module in modules_of(model).values():
         if hasattr(type(module), "kfqn_original"):
-            delattr(module, SLOT)
+            for name in (NAMES, SLOT):
+                if hasattr(module, name):
+                    delattr(module, name)
             object.__setattr__(module, "__class__", type(module).kfqn_original)
             for name, value in list(vars(module).items()):
                 # Flax 0.12.0 keeps the names of deleted attributes, as a part of the graph.
-                if isinstance(value, Mapping) and SLOT in value:
+                if isinstance(value, Mapping) and (SLOT in value or NAMES in value):
                     make: Any = type(value)
-                    kept = make({key: kind for key, kind in value.items() if key != SLOT})
+                    kept = make({key: kind for key, kind in value.items() if key not in (SLOT, NAMES)})
                     object.__setattr__(module, name, kept)
 
 
@@ -110,7 +128,7 @@ def _body(**attributes: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def _through_tap(base: Any, module: Any, outputs: Any, args: tuple, kwargs: dict) -> Any:
-    variable = getattr(module, SLOT)
+    names, routes = getattr(module, NAMES).split("\n"), active()
     inputs = args[0] if args else kwargs["inputs"]
     try:
         if base is nnx.Einsum:
@@ -118,19 +136,28 @@ def _through_tap(base: Any, module: Any, outputs: Any, args: tuple, kwargs: dict
         check_real(inputs, outputs)
         form = form_of(base, module, inputs.ndim, outputs.shape)
     except Unsupported as reason:
+        name = names[0].split(" ", 1)[1]
         if _local.calls is None:
             raise ValueError(
-                f"kfqn.value_and_grad: the layer {variable.kfqn_layer} is {base.__name__} {reason}. Give"
+                f"kfqn.value_and_grad: the layer {name} is {base.__name__} {reason}. Give"
                 " kfqn.find_layers the arguments of a call, so that it leaves the layer out."
             ) from None
-        _local.calls[variable.kfqn_layer] = reason
+        _local.calls[name] = reason
         return outputs
     if _local.calls is not None:
-        _local.calls.setdefault(variable.kfqn_layer, form)
-    slot = as_arrays(variable)
-    if _local.bias_only:
-        return add_virtual_bias(outputs, slot, form.output_axes)
-    return tap(outputs, slot, sums_of(form, base, module, inputs, slot), form.output_axes)
+        _local.calls.setdefault(names[0].split(" ", 1)[1], form)
+    if routes is None:
+        return outputs
+    kernel = as_arrays(getattr(module, form.kernel_name))
+    candidates = [routes.named(int(start), name) for start, name in (text.split(" ", 1) for text in names)]
+    beside = as_arrays(getattr(module, SLOT)) if hasattr(module, SLOT) else None
+
+    def through_tap(call, slot):
+        if _local.bias_only:
+            return add_virtual_bias(call, outputs, slot, form.output_axes)
+        return tap(call, outputs, kernel, slot, sums_of(form, base, module, inputs, slot), form.output_axes)
+
+    return routes.through(candidates, kernel, beside, outputs, through_tap)
 
 
 def _check_equation(module: Any, args: tuple, kwargs: dict) -> None:

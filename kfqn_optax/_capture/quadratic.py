@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
-from kfqn_optax._capture.dependence import programs_of
 from kfqn_optax._capture.nnx import as_arrays
 from kfqn_optax._capture.outputs import pulled_back
 from kfqn_optax._capture.parameters import is_masked
+from kfqn_optax._capture.program import LOOPS, equations
 from kfqn_optax._numerics import inner, safe_divide, wide_dtype
 
 MOVED = "kfqn_moved"
@@ -109,14 +109,9 @@ def _placed(
     return along, start, [[_filled(own[i], leaves[i]) for i in moving] for own in tangents]
 
 
-def has_loop(jaxpr: Any) -> bool:
+def has_loop(program: Any) -> bool:
     """Whether a program, a ``Jaxpr`` or a closed one, runs something more than once."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if equation.primitive.name in ("scan", "while"):
-            return True
-        if any(map(has_loop, programs_of(equation))):
-            return True
-    return False
+    return any(equation.primitive.name in LOOPS for equation, _ in equations(program))
 
 
 def _stacked(

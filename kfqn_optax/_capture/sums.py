@@ -18,7 +18,7 @@ def dense_sums(inputs: jax.Array, slot: Slot) -> dict[str, jax.Array]:
     """Sums over all leading axes of inputs (..., groups, d_in), shaped like ``slot``."""
     groups, in_dim = inputs.shape[-2:]
     a = jax.lax.stop_gradient(inputs).astype(slot["inputs"].dtype)
-    w = row_weights(a.shape[:-2], a.dtype)
+    w = row_weights(a[..., 0, 0], a.dtype)
     weighted = a if w is None else a * w[..., None, None]
     axes = tuple(range(a.ndim - 2))
     a_sum = weighted.sum(axes)
@@ -57,7 +57,7 @@ def convolution_sums(
     groups = kernel.shape[-1]
     a = jax.lax.stop_gradient(inputs).astype(slot["inputs"].dtype)
     outputs, transpose = jax.vjp(functools.partial(layer, a), kernel)
-    w = row_weights(outputs.shape[:-1], a.dtype)
+    w = row_weights(outputs[..., 0], a.dtype)
     ones = jnp.ones_like(outputs) if w is None else jnp.broadcast_to(w[..., None], outputs.shape)
     a_sum = transpose(ones)[0]
     vector = _vector(slot, groups, kernel.size // groups)
@@ -164,7 +164,7 @@ def _places(
 def embedding_sums(ids: jax.Array, slot: Slot) -> dict[str, jax.Array]:
     """Sums for an embedding, a dense layer whose inputs are one-hot rows: counts of the ids."""
     zeros = jnp.zeros_like(slot["inputs"]).reshape(-1)
-    w = row_weights(ids.shape, zeros.dtype)
+    w = row_weights(ids, zeros.dtype)
     ones = jnp.ones(ids.shape, zeros.dtype) if w is None else w
     counts = zeros.at[ids].add(ones)
     vector = _vector(slot, 1, zeros.size)[0]

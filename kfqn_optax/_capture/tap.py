@@ -7,8 +7,11 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.custom_batching
+import jax.custom_derivatives
 import jax.numpy as jnp
 
+from kfqn_optax._capture.routes import TapCall
 from kfqn_optax._capture.slot import Slot
 from kfqn_optax._capture.sums import split_rows
 from kfqn_optax._meshes import in_any_mesh
@@ -26,18 +29,24 @@ class OutputAxes(NamedTuple):
     order: tuple[int, ...]
 
 
-def tap(outputs: jax.Array, slot: Slot, sums: Slot, axes: OutputAxes) -> jax.Array:
-    """Return ``outputs`` unchanged; the gradient of the slot is ``sums``, and ``grads``."""
-    _check_dtype(slot)
-    return _tap(axes, outputs, dict(slot), jax.lax.stop_gradient(dict(sums)))
+def tap(
+    call: TapCall, outputs: jax.Array, kernel: jax.Array, slot: Slot, sums: Slot, axes: OutputAxes
+) -> jax.Array:
+    """Return ``outputs`` unchanged; the gradient of the slot is ``sums``, and ``grads``.
+
+    That holds for the derivative that moves the slot, if the layer's ``kernel`` depends on the parameters.
+    A derivative that the loss takes itself passes through as it is.
+    """
+    probe = slot["rows"] if call.probe is None else call.probe
+    return _tap(axes, call, outputs, kernel, probe, dict(slot), jax.lax.stop_gradient(dict(sums)))
 
 
-def add_virtual_bias(outputs: jax.Array, slot: Slot, axes: OutputAxes) -> jax.Array:
+def add_virtual_bias(call: TapCall, outputs: jax.Array, slot: Slot, axes: OutputAxes) -> jax.Array:
     """Return ``outputs`` plus zeros, of which the gradient is ``grads``; any kind of differentiation.
 
     Unlike ``tap`` it allows forward mode, and delivers nothing but ``grads``.
     """
-    _check_dtype(slot)
+    call.live = True
     lengths = [length for i, length in enumerate(outputs.shape) if i not in axes.rows]
     ordered = [lengths[i] for i in axes.order]
     inverse = sorted(range(len(axes.order)), key=axes.order.__getitem__)
@@ -46,36 +55,55 @@ def add_virtual_bias(outputs: jax.Array, slot: Slot, axes: OutputAxes) -> jax.Ar
     return outputs + bias.reshape(full).astype(outputs.dtype)
 
 
-def _check_dtype(slot: Slot) -> None:
-    dtype = slot["rows"].dtype
-    if jnp.finfo(dtype).bits < 32:
-        raise ValueError(
-            f"kfqn.value_and_grad: the parameters reached the model as {dtype}, and so did the statistics,"
-            " which need float32. Do not cast the parameters inside loss_fn: give the modules"
-            f" dtype={dtype} instead, and leave param_dtype at float32."
-        )
+@jax.custom_batching.custom_vmap
+def _without_taylor_mode(outputs):
+    """``outputs``, through an operation that ``jax.experimental.jet`` has no rule for.
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(axes, outputs, slot, sums):
-    del axes, slot, sums
+    Taylor mode passes over custom derivatives without a word, and would pass over the tap: what is
+    differentiated then has no statistics. It stops here with an error, which ``loss.py`` explains.
+    """
     return outputs
 
 
-def _tap_forward(axes, outputs, slot, sums):
+@_without_taylor_mode.def_vmap
+def _without_taylor_mode_batched(axis_size, in_batched, outputs):
+    del axis_size
+    return _without_taylor_mode(outputs), in_batched[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tap(axes, call, outputs, kernel, probe, slot, sums):
+    del axes, call, kernel, probe, slot, sums
+    return _without_taylor_mode(outputs)
+
+
+def _tap_forward(axes, call, outputs, kernel, probe, slot, sums):
+    # Each argument says whether the derivative being taken moves it. Any derivative that does not move the
+    # probe is one that the loss takes, and the outer one must meet a tap again.
+    counts = kernel.perturbed if call.counts is None else call.counts
+    live = counts and probe.perturbed and slot["grads"].perturbed
+    call.moved |= kernel.perturbed
+    call.live |= live
+    call.idle |= probe.perturbed and not kernel.perturbed
+    arguments = outputs, kernel, probe, slot, sums
+    outputs, kernel, probe, slot, sums = jax.custom_derivatives.custom_vjp_primal_tree_values(arguments)
     # Only sums over rows are kept for the backward pass: never an activation, and nothing that would
-    # make rematerialisation run the layer again. Where the loss differentiates the model itself, this
-    # rule is that inner derivative's, and the outer one must meet a tap again.
+    # make rematerialisation run the layer again.
     ours = {key: value for key, value in slot.items() if key not in sums}
-    return _tap(axes, outputs, slot, sums), (sums, ours)
+    # ``live`` is an array, since what is kept must have one structure: where calls of both kinds share a
+    # jitted trace, JAX 0.10.2 uses that of the last one for all (findings/custom_vjp_residuals.sh).
+    return _tap(axes, call, outputs, kernel, probe, slot, sums), (jnp.asarray(live), sums, ours)
 
 
-def _tap_backward(axes, residuals, cotangent):
-    sums, ours = residuals
+def _tap_backward(axes, call, residuals, cotangent):
+    live, sums, ours = residuals
     slot_grads = sums | in_any_mesh(functools.partial(_sums_of_grads, axes), cotangent, ours)
     slot_grads["vector"] = jnp.zeros_like(ours["vector"])
-    slot_grads = {key: _as_varying(value, ours["grads"]) for key, value in slot_grads.items()}
-    return cotangent, slot_grads, jax.tree.map(jnp.zeros_like, sums)
+    slot_grads = {
+        key: _as_varying(jnp.where(live, value, jnp.zeros_like(value)), ours["grads"])
+        for key, value in slot_grads.items()
+    }
+    return cotangent, None, None, slot_grads, None
 
 
 def _sums_of_grads(axes, cotangent, ours):
@@ -114,4 +142,4 @@ def varying(array: jax.Array) -> frozenset[str]:
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # until and since JAX 0.10
 
 
-_tap.defvjp(_tap_forward, _tap_backward)
+_tap.defvjp(_tap_forward, _tap_backward, symbolic_zeros=True)

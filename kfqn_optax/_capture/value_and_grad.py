@@ -8,16 +8,17 @@ import jax
 from jax.typing import ArrayLike
 
 from kfqn_optax._capture.batch import Batch
-from kfqn_optax._capture.call import slots_of
+from kfqn_optax._capture.call import TreeCall, slots_of
 from kfqn_optax._capture.counted import Counted
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.examples import check_argnums
 from kfqn_optax._capture.found import with_parts
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.loss import Loss
-from kfqn_optax._capture.reached import Reached
+from kfqn_optax._capture.routes import Record
 from kfqn_optax._capture.statistics import Statistics, normalise
 from kfqn_optax._capture.tap import varying
+from kfqn_optax._capture.weights import check, doubts
 from kfqn_optax._constants import check_constants
 from kfqn_optax._shown import shown
 
@@ -73,8 +74,8 @@ def value_and_grad(
 
     Args:
       loss_fn: ``loss_fn(params, *args, **kwargs)``, a scalar, or a pair ``(scalar, aux)`` with
-        ``has_aux``. Any loss; nothing to register. ``params`` reach it with an extra entry of zeros
-        beside each layer's kernel (see :func:`without_slots`). For an NNX model either
+        ``has_aux``. Any loss of the parameters, which reach it as they are; nothing to register. For an
+        NNX model either
         ``loss_fn(model, *args, **kwargs)``, or a loss of the State of its parameters that makes the
         model with :func:`merge`.
       layers: what :func:`find_layers` returned.
@@ -170,14 +171,21 @@ class ValueAndGrad(Loss, Generic[Args, Value]):
         self, params: Any, *args: Args.args, **kwargs: Args.kwargs
     ) -> tuple[Value, Any, Curvature]:
         call = self.call(params, args, kwargs)
-        loss, reached = self.tapped(self.scalar), Reached()
+        loss, record = self.noted(self.scalar), Record()
         slots = slots_of(self.layers, {})
-        value, grads, sums = call.value_and_grad(loss, slots, self.has_aux, reached)
-        if not reached.any:
+        with self.tapping(), doubts() as doubtful:
+            value, grads, sums = call.value_and_grad(loss, slots, self.has_aux, record)
+            if doubtful():
+                check(jax.make_jaxpr(lambda: call.slot_grads(loss, call.params, slots, self.has_aux))())
+        if record.unseen:
+            raise ValueError(_unseen(record.unseen))
+        if not record.depends:
             raise ValueError(
                 f"kfqn.value_and_grad: the loss depends on no call of the layers {list(slots)[:8]} of"
                 f" {self.layers.model}. Let loss_fn apply the model to the parameters that it is given, or"
-                " call the model that it is given or that kfqn.merge makes, and use what comes out."
+                " call the model that it is given or that kfqn.merge(graphdef, params, rest) makes, and use"
+                " what comes out. A function with a jax.custom_vjp must return the gradients of the slots"
+                " too, see kfqn.with_slots."
             )
         sums = self.with_inputs(sums, call, call.params, {})
         loss_value, aux = value if self.has_aux else (value, None)
@@ -204,4 +212,17 @@ class ValueAndGrad(Loss, Generic[Args, Value]):
     ) -> dict[str, Statistics]:
         """For each layer name its statistics. Under ``jax.jit``, what is not used is not computed."""
         call = self.call(params, args, kwargs)
+        if isinstance(call, TreeCall):  # what a first pass finds out
+            slots, loss = slots_of(self.layers, {}), self.noted(self.scalar)
+            with self.tapping():
+                jax.eval_shape(lambda: call.value_and_grad(loss, slots, self.has_aux, Record())[2])
         return Batch(self, call, Counted(self, call)).statistics(call.params, vectors)[1]
+
+
+def _unseen(names: list[str]) -> str:
+    return (
+        f"kfqn.value_and_grad: the statistics of the layers {names} cannot be taken: loss_fn calls them in"
+        " a function with a jax.custom_vjp, whose derivatives are those of its arguments alone. Let it take"
+        " the parameters as an argument, from params = kfqn.with_slots(params), and return what jax.vjp"
+        " gives for them; or write it with jax.custom_jvp."
+    )

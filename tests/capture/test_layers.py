@@ -639,3 +639,110 @@ def test_weights_inside_a_mapped_loss_count_every_example():
     statistics = quick_jit(lambda p: kfqn.value_and_grad(loss, layers)(p)[2].statistics["."])(params)
     assert statistics.rows == 10
     np.testing.assert_allclose(statistics.inputs, 1)
+
+
+MASK = np.arange(3)[None] < 1 + np.arange(5)[:, None] % 3
+
+
+def tokens(wrap):
+    """The loss of the tokens that a mask leaves; ``wrap`` changes a function of (params, x)."""
+    model, x = nn.Dense(2), jnp.asarray(np.random.default_rng(0).standard_normal((5, 3, 4)), jnp.float32)
+    apply = wrap(lambda params, x: model.apply({"params": params}, x))
+
+    def loss(params, mask):
+        with kfqn.weights(mask):
+            return (mask[..., None] * apply(params, x) ** 2).sum()
+
+    params = model.init(jax.random.key(0), x)["params"]
+    return loss, params, kfqn.find_layers(model, {"params": params}, x), x
+
+
+WRAPPED = {
+    "plain": lambda apply: apply,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "vmap": lambda apply: jax.vmap(apply, (None, 0)),
+    "vmap of vmap": lambda apply: jax.vmap(jax.vmap(apply, (None, 0)), (None, 0)),
+    "vmap of jit": lambda apply: jax.vmap(jax.jit(apply), (None, 0)),
+    "jit of vmap of checkpoint": lambda apply: jax.jit(jax.vmap(jax.checkpoint(apply), (None, 0))),
+    "cond": lambda apply: lambda params, x: jax.lax.cond(x.sum() < 1e9, apply, apply, params, x),
+    "scan": lambda apply: (
+        lambda params, x: jax.lax.scan(
+            lambda total, _: (total + apply(params, x), None), jnp.zeros((5, 3, 2)), length=1
+        )[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_in_every_transformation(name):
+    """Twice with the same function, jitted and not: each call has its own mask."""
+    loss, params, layers, x = tokens(WRAPPED[name])
+    for compiled in (False, True):
+        captured = lambda mask: kfqn.value_and_grad(loss, layers)(params, mask)[2].statistics["."]
+        for mask in (MASK, MASK[::-1] & (np.arange(5) > 0)[:, None]):
+            mask = jnp.asarray(mask, jnp.float32)
+            statistics = (quick_jit(captured) if compiled else captured)(mask)
+            rows = np.concatenate([np.asarray(x), np.ones((5, 3, 1))], -1)[np.asarray(mask) > 0]
+            assert statistics.rows == len(rows)
+            np.testing.assert_allclose(statistics.second_moment, rows.T @ rows / len(rows), 1e-5, 1e-6)
+
+
+def test_weights_of_each_mapped_call():
+    loss, params, layers, x = tokens(lambda apply: apply)
+    model = nn.Dense(2)
+
+    def mapped(params, mask):
+        def one(x, mask):
+            with kfqn.weights(mask):
+                return (mask[:, None] * model.apply({"params": params}, x) ** 2).sum()
+
+        return jax.vmap(one)(x, mask).sum()
+
+    mask = jnp.asarray(MASK, jnp.float32)
+    left, right = (kfqn.value_and_grad(f, layers)(params, mask)[2].statistics["."] for f in (mapped, loss))
+    assert left.rows == right.rows == MASK.sum()
+    np.testing.assert_allclose(left.second_moment, right.second_moment, 1e-6)
+
+
+def test_weights_that_may_be_of_either_axis_are_an_error():
+    model, x = nn.Dense(2), jnp.ones((3, 3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
+
+    def loss(params):
+        with kfqn.weights(jnp.ones(3)):
+            return jax.vmap(lambda x: model.apply({"params": params}, x))(x).sum()
+
+    with pytest.raises(ValueError, match=r"\(3,\) may be those of an axis.*with all axes, \(3, 3\)"):
+        kfqn.value_and_grad(loss, layers)(params)
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.RNN(nn.GRUCell(4))(x))
+
+
+def hand_written(params, x):
+    """A dense layer in a loop of the loss's own."""
+    cell = nn.Dense(4)
+    body = lambda carry, row: (jnp.tanh(cell.apply({"params": params}, carry) + row),) * 2
+    return jax.lax.scan(body, jnp.zeros((5, 4)), x.swapaxes(0, 1))[1]
+
+
+@pytest.mark.parametrize("kind", ["flax", "by hand"])
+def test_weights_of_steps_that_a_loop_makes_are_an_error(kind):
+    x, mask = jnp.ones((5, 3, 4)), jnp.asarray(MASK, jnp.float32)
+    model, given = (Recurrent(), x) if kind == "flax" else (nn.Dense(4), x[:, 0])
+    params = model.init(jax.random.key(0), given)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, given)
+    apply = (lambda p, x: model.apply({"params": p}, x)) if kind == "flax" else hand_written
+
+    def loss(params, mask):
+        with kfqn.weights(mask):
+            return (apply(params, x) ** 2).sum()
+
+    with pytest.raises(ValueError, match=r"\(5, 3\).*in a loop.*recurrent"):
+        kfqn.value_and_grad(loss, layers)(params, mask)
+    kfqn.value_and_grad(loss, layers)(params, mask[:, 0])  # one weight an example is told apart

@@ -169,7 +169,7 @@ def test_marks_add_up_and_a_penalty_has_its_own_second_derivatives(float64):
     def loss(params, x):
         first = squared(kfqn.outputs(z_of(params), "normal"))
         second = jnp.mean(jnp.cosh(kfqn.outputs(w_of(params))))
-        return first + second + penalty(kfqn.without_slots(params))
+        return first + second + penalty(params)
 
     directions = directions_of(params)
 
