@@ -202,7 +202,7 @@ def scale_by_kfqn(
             rule=optax.tree.where(sane, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
-            rejected=state.rejected + ~accept,
+            rejected=state.rejected + (~accept).astype(jnp.int32),
         )
         scaled = jax.tree.map(
             lambda d, u: jnp.where(accept, share * d, 0).astype(jnp.result_type(u)), step, updates

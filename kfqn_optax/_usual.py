@@ -104,4 +104,5 @@ def observe(state: UsualState, now: Sizes, good: jax.Array) -> tuple[UsualState,
         return jnp.where(good, new, usual)
 
     means = jax.tree.map(mean, state.sizes, now, most)
-    return UsualState(means, state.outliers + (good & outlier)), outlier
+    count = state.outliers + (good & outlier).astype(state.outliers.dtype)
+    return UsualState(means, count), outlier

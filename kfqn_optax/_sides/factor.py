@@ -86,7 +86,7 @@ def take_pair(
     candidate = factor.update(state, s, y)
     check_returned("InverseFactor.update", candidate, state, "the state")
     take = valid & enough & ~indefinite & all_finite(candidate)
-    outcome = jnp.stack([take, take & (sy != undamped), ~take])
+    outcome = jnp.stack([take, take & (sy != undamped), ~take]).astype(jnp.int32)
     pairs = PairCounts(
         counts=pairs.counts + outcome, ratio=jnp.where(jnp.isfinite(ratio), ratio, pairs.ratio)
     )

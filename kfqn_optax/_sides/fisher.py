@@ -155,7 +155,7 @@ def _averages(
         counts = state.pairs.counts.at[1].add((good & (part < 1)).astype(jnp.int32))
         return state._replace(
             second_moment=jnp.where(good, new, state.second_moment),
-            count=state.count + good,
+            count=state.count + good.astype(jnp.int32),
             pairs=state.pairs._replace(counts=counts),
         )
 

@@ -64,7 +64,7 @@ def observe(
         second[name] = jnp.where(
             usable, ema(state.second_moment[name], square, beta), state.second_moment[name]
         )
-    return OthersState(mean, second, state.count + good)
+    return OthersState(mean, second, state.count + good.astype(jnp.int32))
 
 
 def apply(state: OthersState, layers: Layers, tree: ArrayTree, damping: jax.Array) -> ArrayTree:

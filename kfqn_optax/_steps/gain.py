@@ -41,13 +41,14 @@ def watched(losses: Losses, gain: jax.Array, value: jax.Array, patience: int) ->
     than a standard error; between 0.05 and 1.
     """
     count = losses.count + 1
-    mean = losses.mean + (value - losses.mean) / count
+    batches = count.astype(losses.mean.dtype)
+    mean = losses.mean + (value - losses.mean) / batches
     squares = losses.squares + (value - losses.mean) * (value - mean)
-    error = squares / jnp.square(jnp.float32(count))
+    error = squares / jnp.square(batches)
     rise = jnp.where(losses.runs > 0, mean - losses.before, 0)
     factor = jnp.where(rise < -jnp.sqrt(error + losses.error), LONGER, 1)
     factor = jnp.where(rise > 0, SHORTER, factor)
-    full = count >= patience / gain
+    full = batches >= patience / gain
     begun = losses._replace(count=count, mean=mean, squares=squares)
     next_run = Losses.start()._replace(runs=losses.runs + 1, before=mean, error=error)
     return optax.tree.where(full, next_run, begun), jnp.where(full, jnp.clip(gain * factor, LEAST, 1), gain)

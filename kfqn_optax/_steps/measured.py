@@ -74,7 +74,7 @@ def measured() -> StepRule:
         made = share(outcome.value, outcome.value_after, outcome.slope, outcome.mean_slope)
         made = jnp.where(outcome.sane, made, 0)
         reach = jnp.where(outcome.known, state.cap * jnp.maximum(made, DECLINE), state.reach)
-        made = jnp.where(outcome.known, made, outcome.sane)
+        made = jnp.where(outcome.known, made, outcome.sane.astype(made.dtype))
         return made, state._replace(cap=state.cap * made, reach=jnp.asarray(reach, jnp.float32))
 
     return StepRule(init, propose, review, due=lambda state: jnp.asarray(True))
