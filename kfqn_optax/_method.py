@@ -61,7 +61,9 @@ class Method(NamedTuple):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether a batch far from what is usual could do more than its share."""
+        """Whether a batch far from what is usual could do more than its share, and is to be left out."""
+        if not self.rule.guarded:
+            return False
         return self.second_pass or not self.no_momentum_given or not self.rule.wary
 
     @property

@@ -178,6 +178,8 @@ def scale_by_kfqn(
         sides, value_after, known, finite = _second_pass(
             method, present, state, sides, batch, dampings, curvature, update
         )
+        if method.rule.guarded:
+            finite &= ~far(state.usual, curvature.value, value_after, known)
         outcome = Outcome(
             value=curvature.value,
             value_after=value_after,
@@ -189,8 +191,10 @@ def scale_by_kfqn(
         )
         share, rule_state = method.rule.review(rule_state, outcome)
         rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
-        accept = outcome.sane & (share > 0) & ~far(state.usual, outcome)
-        momentum, sides, rest = _remembered(method, state, average, sides, rest, accept, sane)
+        accept = outcome.sane & (share > 0)
+        # A rule that refuses a step may learn from that; one that was overruled took a step that is not made.
+        reviewed = sane & (outcome.sane | ~(share > 0))
+        momentum, sides, rest = _remembered(method, state, average, sides, rest, accept)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             key=state.key,
@@ -199,7 +203,7 @@ def scale_by_kfqn(
             outputs=_divided(method, present, sides.outputs),
             others=rest,
             usual=kept(state.usual, usual, accept),
-            rule=optax.tree.where(sane, rule_state, state.rule),
+            rule=optax.tree.where(reviewed, rule_state, state.rule),
             damping=jnp.where(sane, jnp.asarray(damping, jnp.float32), state.damping),
             share=jnp.asarray(jnp.where(accept, share, 0), jnp.float32),
             rejected=state.rejected + (~accept).astype(jnp.int32),
@@ -264,7 +268,8 @@ def _average(method: Method, state: ScaleByKfqnState, grads: ArrayTree, sane: ja
     """M; an average leaves out gradients that are not finite, and bounds the others."""
     if method.without_momentum:
         return jax.tree.map(lambda g: g.astype(wide_dtype(g)), grads)
-    rate, part = method.rule.momentum(state.rule, method.momentum), believed(state.usual, grads)
+    rate = method.rule.momentum(state.rule, method.momentum)
+    part = believed(state.usual, grads) if method.rule.guarded else 1
     average = jax.tree.map(lambda m, g: ema(m, (part * g).astype(m.dtype), rate), state.momentum, grads)
     return gathered(optax.tree.where(sane, average, state.momentum), method.factor_mesh)
 
@@ -348,14 +353,12 @@ def _remembered(
     sides: Sides,
     rest: others.OthersState | tuple[()],
     accept: jax.Array,
-    sane: jax.Array,
 ) -> tuple[ArrayTree, Sides, others.OthersState | tuple[()]]:
     """Momentum, sides and others as they are kept: those before, if the step is left out."""
     learnt = (() if method.without_momentum else average, sides, rest)
     before = (state.momentum, Sides(state.inputs, state.outputs), state.others)
-    if method.second_pass:
-        return optax.tree.where(accept, learnt, before)
-    return optax.tree.where(sane, learnt[0], before[0]), *learnt[1:]  # sides saw no batch that is not sane
+    # A condition: selecting element by element would read all factors twice in every step.
+    return jax.lax.cond(accept, lambda learnt, _: learnt, lambda _, before: before, learnt, before)
 
 
 def _advise(*trees: Any) -> None:

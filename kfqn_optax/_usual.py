@@ -10,7 +10,6 @@ from optax import Params as ArrayTree
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide
-from kfqn_optax._steps.rule import Outcome
 
 RISE, FALL = 0.9, 0.99
 
@@ -77,10 +76,10 @@ def believed(state: UsualState, grads: ArrayTree) -> jax.Array:
     return jnp.where((most > 0) & (length > most), safe_divide(most, length), 1)
 
 
-def far(state: UsualState, outcome: Outcome) -> jax.Array:
-    """Whether the loss after the step is far above that before."""
-    most = OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(outcome.value))
-    return outcome.known & (outcome.value_after - outcome.value > most)
+def far(state: UsualState, value: jax.Array, value_after: jax.Array, known: jax.Array) -> jax.Array:
+    """Whether the loss after the step, where it is known, is far above that before."""
+    most = OUTLIER * jnp.maximum(state.sizes.loss, jnp.abs(value))
+    return known & (value_after - value > most)
 
 
 def _inputs(curvature: Curvature, present: Layers) -> jax.Array:

@@ -1,6 +1,7 @@
 """A step that is left out changes no parameter, whatever comes after the direction in the chain."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -97,6 +98,90 @@ def test_parameters_that_start_at_zero_are_trained():
         params, state, value = step(params, state)
         losses.append(float(value))
     assert losses[-1] < 1e-3 * losses[0]
+
+
+class Reviews(NamedTuple):
+    """How many steps a rule of the user's own has let pass."""
+
+    made: jax.Array
+
+
+def counting(share):
+    return kfqn.StepRule(
+        init=lambda params: Reviews(jnp.zeros([], jnp.int32)),
+        propose=lambda state, proposal: (proposal.direction, state),
+        review=lambda state, outcome: (share(state), Reviews(state.made + 1)),
+        due=lambda state: jnp.asarray(True),
+    )
+
+
+@every_method
+def test_nothing_is_learnt_from_a_batch_whose_step_a_rule_refuses(method):
+    """But by the rule itself, which refuses the second step."""
+    tx = method(0.1, layers, momentum=0.5, step_rule=counting(lambda state: state.made != 1))
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+
+    @quick_jit
+    def step(params, state, x):
+        _, grads, curvature = value_and_grad(params, x)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(start, tx.init(start), x)
+    same, after = step(params, state, x + 1)
+    kept = {name: getattr(state[0], name) for name in ("count", "rejected", "rule", "share", "damping")}
+    assert (after[0].rejected, after[0].rule.made, after[0].share) == (1, 2, 0)
+    assert_same(after[0]._replace(**kept), state[0])
+    assert_same(same, params)
+    moved, third = step(same, after, x)
+    assert third[0].rejected == 1
+    assert not jnp.array_equal(jax.tree.leaves(moved)[0], jax.tree.leaves(params)[0])
+
+
+@every_method
+def test_a_rule_that_counts_does_not_count_a_step_that_is_overruled(method):
+    """The loss at the end of the second step is 1e6 times that before."""
+    tx = method(0.1, layers, step_rule=counting(lambda state: 1.0))
+
+    def walled(params, wall):
+        moved = (params["Dense_1"]["bias"] != 0).any()
+        return loss_fn(params, x) * jnp.where(moved, wall, 1)
+
+    value_and_grad = kfqn.value_and_grad(walled, layers)
+
+    @quick_jit
+    def step(state, wall):
+        _, grads, curvature = value_and_grad(start, wall)
+        updates, state = tx.update(grads, state, start, curvature=curvature)
+        return state, optax.tree.norm(updates)
+
+    state, counts = tx.init(start), []
+    for wall in (1.0, 1e6, 1.0):
+        state, length = step(state, wall)
+        counts.append((int(state[0].rule.made), int(state[0].rejected), bool(length > 0)))
+    assert counts == [(1, 0, True), (1, 1, False), (2, 1, True)]
+
+
+@every_method
+def test_the_papers_step_leaves_no_batch_out_and_bounds_none(method):
+    """A batch of twenty times the loss: M is the plain moving average of the gradients, as in NumPy."""
+    tx = method(0.1, layers, step_rule=None, momentum=0.9, damping=0.3)
+    value_and_grad = kfqn.value_and_grad(lambda params, c: c * loss_fn(params, x), layers)
+
+    @quick_jit
+    def step(params, state, c):
+        _, grads, curvature = value_and_grad(params, c)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, grads["Dense_0"]["kernel"]
+
+    params, state, average = start, tx.init(start), 0.0
+    for c in (1.0, 1.0, 20.0, 1.0):
+        before = params
+        params, state, grads = step(params, state, c)
+        average = 0.9 * average + 0.1 * np.asarray(grads, np.float64)
+        np.testing.assert_allclose(state[0].momentum["Dense_0"]["kernel"], average, rtol=1e-4, atol=1e-7)
+        assert not jnp.array_equal(jax.tree.leaves(params)[0], jax.tree.leaves(before)[0])
+    assert kfqn.diagnostics(state)["rejected"] == 0
 
 
 SECANT = {

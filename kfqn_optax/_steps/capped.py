@@ -24,7 +24,8 @@ def capped(kappa: float | None) -> StepRule:
     """nu = min(1, sqrt(kappa / (a^2 <M, D>))): kappa bounds twice the fall that the factors predict.
 
     Args:
-      kappa: positive, in units of the loss; None for nu = 1, the papers' step.
+      kappa: positive, in units of the loss; None for nu = 1, the papers' step. With None no batch is left
+        out because it is unlike the others, nor bounded in the average of gradients.
 
     Example:
       >>> import kfqn_optax as kfqn
@@ -49,7 +50,7 @@ def capped(kappa: float | None) -> StepRule:
         del outcome
         return jnp.ones([]), state
 
-    return StepRule(init, propose, review)
+    return StepRule(init, propose, review, guarded=kappa is not None)
 
 
 def as_rule(step_rule: StepRule | float | None) -> StepRule:

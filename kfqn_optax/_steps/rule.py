@@ -43,8 +43,8 @@ class Outcome(NamedTuple):
       known: whether it was asked for. ().
       slope: <g, -update>, by how much the loss falls along the step to first order. ().
       mean_slope: the same with the averaged gradient. ().
-      sane: whether loss, gradient, direction and the statistics after the step are finite; the step is not
-        made otherwise. ().
+      sane: whether loss, gradient, direction and the statistics after the step are finite, and the loss
+        after the step is not far above that before; the step is not made otherwise. ().
       update: the step proposed, what is added to the parameters if all of it is made; shaped like them.
     """
 
@@ -77,7 +77,9 @@ def never(state: Any) -> jax.Array:
 class StepRule(NamedTuple):
     """How far a step goes; ``scale_by_kfqn`` calls the functions in this order in each update.
 
-    Where the loss of a batch, its gradient or its direction is not finite, the state stays as it was.
+    Where the loss of a batch, its gradient or its direction is not finite, the state stays as it was; and
+    also where ``review`` returns a share above 0 of a step that is not ``sane`` and therefore not made. A
+    rule that returns 0 for such a step keeps what it learnt from it.
 
     Attributes:
       init: ``init(params) -> state``, a NamedTuple of arrays. Its scalars are shown by :func:`diagnostics`.
@@ -94,6 +96,9 @@ class StepRule(NamedTuple):
         usual are left out if it does not, and wherever batches are remembered in momentum or in pairs.
       momentum: ``momentum(state, given) -> rate`` of the gradient's moving average in this step, from the
         one that the user gave.
+      guarded: whether batches far from what is usual may be left out at all, and a step after which the
+        loss is far above that before. False for the papers' step, which knows no such guard; what is not
+        finite is left out there too.
 
     Example:
       Half of every step, a rule of one's own:
@@ -116,6 +121,7 @@ class StepRule(NamedTuple):
     due: Callable[[Any], jax.Array] = never
     wary: bool = False
     momentum: Callable[[Any, Any], Any] = as_given
+    guarded: bool = True
 
 
 def checked(rule: StepRule) -> StepRule:
