@@ -192,7 +192,7 @@ def scale_by_kfqn(
         share, rule_state = method.rule.review(rule_state, outcome)
         rule_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), rule_state, state.rule)
         accept = outcome.sane & (share > 0)
-        # A rule that refuses a step may learn from that; one that was overruled took a step that is not made.
+        # A rule that refuses a step may learn from that; one that is overruled saw a step that is not made.
         reviewed = sane & (outcome.sane | ~(share > 0))
         momentum, sides, rest = _remembered(method, state, average, sides, rest, accept)
         state = ScaleByKfqnState(

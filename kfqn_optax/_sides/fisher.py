@@ -24,8 +24,8 @@ class FisherState(NamedTuple):
       second_moment: moving average of A, or of G; its diagonal in :func:`fisher_diagonal`. (d, d) or (d,).
       factor: the inverse of it plus damping, as of the last time it was computed. (d, d) or (d,).
       count: batches seen.
-      pairs: none are taken; ``damped`` counts the batches that were scaled down, ``skipped`` the inverses
-        that were not finite or not positive.
+      pairs: none are taken; ``damped`` counts the batches that were scaled down, ``skipped`` the batches
+        whose second moment was not finite, and the inverses that were not finite or not positive.
     """
 
     second_moment: jax.Array
@@ -74,8 +74,8 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         return average(state, statistics)
 
     def starting(state):
-        due = (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
-        return due & (state.count > 0)
+        """Also before any usable batch: of S = 0 that is the damping alone."""
+        return (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
 
     def matrix(state, damping):
         floor = FLOOR * jnp.trace(state.second_moment)
@@ -118,7 +118,7 @@ def fisher_diagonal(squares_of: Callable[[Statistics], Any], decay: float) -> Si
     def observe(state, statistics, damping):
         new = average(state, statistics)
         damped = new.second_moment + jnp.maximum(damping, FLOOR * new.second_moment.sum())
-        return new._replace(factor=jnp.where(new.count > state.count, 1 / damped, state.factor))
+        return new._replace(factor=jnp.where(statistics.rows > 0, 1 / damped, state.factor))
 
     return Side(init, apply, observe, scale=scale, of_factors=True, second_pass=False)
 
@@ -152,7 +152,8 @@ def _averages(
         good = (statistics.rows > 0) & all_finite(diagonal_of(moment))
         part = believed(state, moment)
         new = averaged(state, state.second_moment, part * moment)
-        counts = state.pairs.counts.at[1].add((good & (part < 1)).astype(jnp.int32))
+        bad = (statistics.rows > 0) & ~good
+        counts = state.pairs.counts + jnp.stack([jnp.zeros_like(bad), good & (part < 1), bad])
         return state._replace(
             second_moment=jnp.where(good, new, state.second_moment),
             count=state.count + good.astype(jnp.int32),

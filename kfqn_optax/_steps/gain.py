@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfqn_optax._steps.evidence import rounding
+
 SHORTER, LONGER, LEAST = 0.7, 1.25, 0.05
 
 
@@ -47,7 +49,7 @@ def watched(losses: Losses, gain: jax.Array, value: jax.Array, patience: int) ->
     error = squares / jnp.square(batches)
     rise = jnp.where(losses.runs > 0, mean - losses.before, 0)
     factor = jnp.where(rise < -jnp.sqrt(error + losses.error), LONGER, 1)
-    factor = jnp.where(rise > 0, SHORTER, factor)
+    factor = jnp.where(rise > rounding(mean, losses.before), SHORTER, factor)
     full = batches >= patience / gain
     begun = losses._replace(count=count, mean=mean, squares=squares)
     next_run = Losses.start()._replace(runs=losses.runs + 1, before=mean, error=error)

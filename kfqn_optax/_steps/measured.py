@@ -5,11 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._numerics import safe_divide
+from kfqn_optax._numerics import inner, safe_divide
+from kfqn_optax._steps.evidence import SURE, Evidence, rounding, weighed
 from kfqn_optax._steps.rule import StepRule
 
 START, GROWTH, DECLINE, PATIENCE = 0.01, 1.25, 0.1, 0.3
 WINDOW, SHORTER, SHORTEST = 10, 0.5, 1e-4
+AGAINST = 0.5
 
 
 class MeasuredState(NamedTuple):
@@ -22,6 +24,7 @@ class MeasuredState(NamedTuple):
       count: batches since the last look at their losses. ().
       window: the sum of those losses. ().
       before: that of the ten batches before them. ().
+      evidence: whether the loss's values are in doubt.
     """
 
     cap: jax.Array
@@ -30,6 +33,7 @@ class MeasuredState(NamedTuple):
     count: jax.Array
     window: jax.Array
     before: jax.Array
+    evidence: Evidence
 
 
 def measured() -> StepRule:
@@ -62,7 +66,8 @@ def measured() -> StepRule:
         del params
         one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
         most = jnp.full([], jnp.finfo(jnp.float32).max)
-        return MeasuredState(one, START * one, one, jnp.zeros([], jnp.int32), zero, most)
+        none = jnp.zeros([], jnp.int32)
+        return MeasuredState(one, START * one, one, none, zero, most, Evidence.start())
 
     def propose(state, proposal):
         nu = jnp.minimum(state.limit, GROWTH * state.reach)
@@ -72,6 +77,14 @@ def measured() -> StepRule:
     def review(state, outcome):
         state = watched(state, jnp.asarray(outcome.value, jnp.float32))
         made = share(outcome.value, outcome.value_after, outcome.slope, outcome.mean_slope)
+        change, square = outcome.value_after - outcome.value, inner(outcome.update, outcome.update)
+        sure = outcome.slope > SURE * rounding(outcome.value, outcome.value_after)
+        evidence = weighed(state.evidence, change, -outcome.slope, square, outcome.known & sure)
+        unknown = ~sure & (jnp.abs(change) <= rounding(outcome.value, outcome.value_after))
+        unknown &= jnp.isfinite(change)
+        ignored = unknown | (evidence.doubt & (change < jnp.abs(outcome.value)))
+        made = jnp.where(ignored, jnp.where(outcome.slope < 0, AGAINST, 1), made)
+        state = state._replace(evidence=evidence, limit=jnp.where(evidence.doubt, 1, state.limit))
         made = jnp.where(outcome.sane, made, 0)
         reach = jnp.where(outcome.known, state.cap * jnp.maximum(made, DECLINE), state.reach)
         made = jnp.where(outcome.known, made, outcome.sane.astype(made.dtype))
@@ -83,7 +96,8 @@ def measured() -> StepRule:
 def watched(state: MeasuredState, value: jax.Array) -> MeasuredState:
     """The state after a batch with this loss: every ten batches the limit follows what the steps did."""
     window, look = state.window + value, state.count + 1 == WINDOW
-    factor = jnp.where(window > state.before, SHORTER, 1 / SHORTER)
+    rise = window - state.before
+    factor = jnp.where(rise > rounding(window, state.before), SHORTER, 1 / SHORTER)
     limit = jnp.clip(state.limit * factor, SHORTEST, 1)
     return state._replace(
         limit=jnp.where(look, limit, state.limit),
@@ -96,11 +110,10 @@ def watched(state: MeasuredState, value: jax.Array) -> MeasuredState:
 def share(value: jax.Array, value_after: jax.Array, slope: jax.Array, mean_slope: jax.Array) -> jax.Array:
     """The part of a step that ends at the minimum of the parabola, between 0 and 1."""
     bend = value_after - value + slope
-    rounding = 4 * jnp.finfo(value.dtype).eps * (jnp.abs(value) + jnp.abs(value_after))
     minimum, mean_minimum = (safe_divide(x, 2 * bend) for x in (slope, mean_slope))
     mean_minimum = jnp.where(value_after > value, jnp.minimum(mean_minimum, PATIENCE), mean_minimum)
     made = jnp.clip(jnp.maximum(minimum, mean_minimum), 0, 1)
-    made = jnp.where(bend > rounding, made, 1)
+    made = jnp.where(bend > rounding(value, value_after), made, 1)
     return jnp.where(jnp.isfinite(value_after), made, 0)
 
 

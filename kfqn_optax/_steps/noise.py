@@ -45,3 +45,14 @@ def followed(noise: Noise, value: jax.Array, change: jax.Array, whole: jax.Array
     lost = jnp.where(noise.fall > 0, value - noise.after, 0)
     fall = jnp.where(whole, jnp.clip(-change, 0, jnp.abs(value)), 0)
     return Noise(value - fall, fall, ema(noise.won, noise.fall, FORGET), ema(noise.lost, lost, FORGET))
+
+
+def followed_by_slopes(noise: Noise, lost: jax.Array, fall: jax.Array) -> Noise:
+    """The same where the loss's values are in doubt.
+
+    Args:
+      lost: the slope along the last step, at its end, of this batch above that of its own batch.
+      fall: what the model promises of this step on its own batch.
+    """
+    lost = jnp.where(noise.fall > 0, lost, 0)
+    return Noise(noise.after, fall, ema(noise.won, noise.fall, FORGET), ema(noise.lost, lost, FORGET))

@@ -5,15 +5,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import OUTLIER, ema, inner, safe_divide, wide_dtype
+from kfqn_optax._numerics import OUTLIER, all_finite, ema, inner, safe_divide, wide_dtype
+from kfqn_optax._steps.evidence import SURE, Evidence, rounding, weighed
 from kfqn_optax._steps.gain import Losses, watched
-from kfqn_optax._steps.noise import Noise, followed
+from kfqn_optax._steps.noise import Noise, followed, followed_by_slopes
 from kfqn_optax._steps.rule import StepRule, as_given
-from kfqn_optax._steps.success import Success
+from kfqn_optax._steps.success import POOR, Success
 
 PLATEAU = 0.005
 FORGET = 0.9
@@ -21,6 +23,19 @@ OUTPUTS, LEAST, ALIKE = 100_000, 125, 500
 FEW = 32
 EARLY, LEFT, CLASSES = 20, 0.02, {"categorical", "bernoulli"}
 LONGER, FORGET_LENGTH = 2.0, 0.8
+
+
+class Along(NamedTuple):
+    """The loss along a step by the model.
+
+    Attributes:
+      start, end: its slopes at both ends, times the step.
+      change: what the model with its damping promises.
+    """
+
+    start: jax.Array
+    end: jax.Array
+    change: jax.Array
 
 
 class QuadraticState(NamedTuple):
@@ -40,7 +55,12 @@ class QuadraticState(NamedTuple):
       mu: coefficient of the update before, in the last step.
       length: moving average of the lengths of the model's steps.
       share: the part of the last step that was made, below 1 where the loss rose along it.
-      ratio: actual over predicted change of the loss in the last step, -1 if the loss rose.
+      ratio: actual over predicted change of the loss in the last step, -1 if the loss rose; of the step
+        before, by the slopes at both its ends, where the loss's values are in doubt or not finite.
+      evidence: whether the loss's values are in doubt.
+      along: the last step.
+      undefined: in how many steps second derivatives or the loss of the rows of the model were not finite,
+        so that the damping alone stood for them.
     """
 
     last: ArrayTree
@@ -57,6 +77,9 @@ class QuadraticState(NamedTuple):
     length: jax.Array
     share: jax.Array
     ratio: jax.Array
+    evidence: Evidence
+    along: Along
+    undefined: jax.Array
 
 
 def quadratic(
@@ -162,6 +185,9 @@ def quadratic(
             length=zero,
             share=one,
             ratio=one,
+            evidence=Evidence.start(),
+            along=Along(*[jnp.zeros([], wide)] * 3),
+            undefined=jnp.zeros([], jnp.int32),
         )
 
     def usual(state, curvature):
@@ -202,7 +228,9 @@ def quadratic(
         across = inner(*directions)
         first, second = (inner(u, u) for u in directions)
         gram = jnp.array([[first, across], [across, second]])
-        matrix = forms.matrix + proposal.damping * gram
+        defined = all_finite(forms.matrix)
+        of_loss = jnp.where(defined, forms.matrix, 0)
+        matrix = of_loss + proposal.damping * gram
         slopes = jnp.stack([inner(proposal.grads, u) for u in directions])
         a, c = proposal.learning_rate, minimum(matrix, slopes)
         longest, length = longest_step(state, curvature, jnp.sqrt(second)), jnp.sqrt(c @ gram @ c)
@@ -211,6 +239,7 @@ def quadratic(
         promised = -(c @ slopes + 0.5 * c @ matrix @ c)
         value, level = usual(state, curvature), level_of(state, curvature)
         plateau = promised < PLATEAU * jnp.minimum(jnp.abs(value), level)
+        plateau &= ~state.evidence.doubt
         c = state.gain * c
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
@@ -219,24 +248,46 @@ def quadratic(
         predicted = slope + 0.5 * a**2 * c @ matrix @ c
         # The slope is known of the whole batch, what bends the loss along the step of these rows.
         value_after = curvature.value_at(update, rows=taken)
-        bend = value_after - forms.value - a * c @ forms.slopes
-        change = slope + bend
-        rounding = 4 * jnp.finfo(value_after.dtype).eps * (jnp.abs(forms.value) + jnp.abs(value_after))
-        rose = ~(jnp.isfinite(change) & (change <= rounding))
+        of_rows = a * c @ forms.slopes
+        seen = jnp.isfinite(forms.value) & jnp.isfinite(of_rows)
+        change = slope + (value_after - forms.value - of_rows)
+        error = rounding(forms.value, value_after)
+        sure = seen & (jnp.abs(predicted) > SURE * error)
+        square = a**2 * c @ gram @ c
+        evidence = weighed(state.evidence, value_after - forms.value, of_rows, square, sure)
+        ignored = ~seen | (evidence.doubt & (change < level))
+        rose = ~(jnp.isfinite(change) & (change <= error)) & ~ignored
         share = jnp.where(rose, shortened(-slope, change), 1)
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
+        # The gradient at the end of the last step is this one, of this batch: known without another pass.
+        by_slopes = safe_divide((state.along.start + slopes[1]) / 2, state.along.change)
+        ratio = jnp.where(ignored, by_slopes, ratio)
+        told = jnp.where(ignored, state.along.change < 0, rose | sure)
         count = state.count + 1
-        noise = followed(state.noise, value, change, share == 1)
+        begins = evidence.doubt & ~state.evidence.doubt
+        noise = optax.tree.where(
+            evidence.doubt,
+            followed_by_slopes(state.noise, slopes[1] - state.along.end, -share * predicted),
+            followed(state.noise, value, change, (share == 1) & sure),
+        )
+        noise = optax.tree.where(begins, Noise.start(state.noise.won.dtype), noise)
         noisy = jnp.maximum(2 * noise.part - 1, 0)
         losses, gain = state.losses, state.gain
         if patience is not None:
             losses, gain = watched(losses, gain, value, patience)
+            losses = optax.tree.where(evidence.doubt, Losses.start(), losses)
+            gain = jnp.where(evidence.doubt, 1, gain)
+        left = jnp.where(~seen & (ratio < POOR), 0, share)  # nothing was looked at where the step ends
+        scale = success.after(state.scale, count, ratio, left, plateau, noisy)
+        scale = jnp.where(
+            begins, jnp.minimum(state.scale, success.start), jnp.where(told, scale, state.scale)
+        )
         return jax.tree.map(shortly, step), QuadraticState(
             last=jax.tree.map(shortly, update),
             count=count,
-            scale=success.after(state.scale, count, ratio, share, plateau, noisy),
+            scale=scale,
             level=level,
             early=early_of(state, level),
             gain=gain,
@@ -245,16 +296,20 @@ def quadratic(
             momentum=jnp.where(_few(curvature), 0, momentum * noisy),
             alpha=-c[0],
             mu=c[1],
-            length=lengths(state.length, length),
+            length=jnp.where(told, lengths(state.length, length), state.length),
             share=share,
             ratio=ratio,
+            evidence=evidence,
+            along=Along(share * slope, share * (slope + a**2 * c @ of_loss @ c), share * predicted),
+            undefined=state.undefined + ~(defined & seen),
         )
 
     def review(state, outcome):
         made = outcome.sane & (state.share > 0)
         last = jax.tree.map(lambda u: jnp.where(made, u, 0), state.last)
         noise = state.noise._replace(fall=jnp.where(made, state.noise.fall, 0))
-        return made.astype(jnp.float32), state._replace(last=last, noise=noise)
+        along = Along(*(jnp.where(made, number, 0) for number in state.along))
+        return made.astype(jnp.float32), state._replace(last=last, noise=noise, along=along)
 
     rate_of = as_given if momentum == 0 else lambda state, given: jnp.maximum(given, state.momentum)
     return StepRule(init, propose, review, damping, wary=True, momentum=rate_of)

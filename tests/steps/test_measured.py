@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import kfqn_optax as kfqn
-from kfqn_optax._steps.measured import DECLINE, GROWTH, PATIENCE, SHORTEST, WINDOW, watched
 from kfqn_optax.bench._quick import quick_jit
 
 
@@ -36,7 +35,7 @@ def test_the_step_made_ends_at_the_minimum_of_a_parabola_or_before(gradient, ben
     loss = lambda t: 7.0 - gradient * t + 0.5 * bend * t**2
     share, reach = after(nu=1.0, value=loss(0.0), value_after=loss(1.0), slope=gradient, mean_slope=0.0)
     assert share == pytest.approx(min(1, gradient / bend), rel=1e-4)
-    assert reach == pytest.approx(max(share, DECLINE))
+    assert share <= reach < 1.0001 * max(share, 0.1)
 
 
 def test_the_averaged_gradient_has_the_word_where_the_batch_says_less():
@@ -45,7 +44,7 @@ def test_the_averaged_gradient_has_the_word_where_the_batch_says_less():
     assert after(**fell, slope=1.0, mean_slope=0.1)[0] == pytest.approx(1 / 1.8)
     assert after(**fell, slope=1.0, mean_slope=1.2)[0] == pytest.approx(1.2 / 1.8)
     assert after(**rose, slope=0.5, mean_slope=0.6)[0] == pytest.approx(0.6 / 3)
-    assert after(**rose, slope=0.5, mean_slope=500.0)[0] == pytest.approx(PATIENCE)
+    assert after(**rose, slope=0.5, mean_slope=500.0)[0] < after(**fell, slope=0.5, mean_slope=500.0)[0] / 3
 
 
 def test_a_share_is_never_negative():
@@ -62,38 +61,7 @@ def test_a_step_along_which_the_loss_bends_down_or_not_at_all_is_made():
 def test_a_step_to_where_the_loss_is_not_finite_is_not_made(value_after):
     share, reach = after(nu=0.5, value=1.0, value_after=value_after, slope=1.0, mean_slope=1.0)
     assert share == 0
-    assert reach == pytest.approx(0.5 * DECLINE)
-
-
-def test_the_next_probe_is_a_little_longer_up_to_the_learning_rate():
-    rule = kfqn.measured()
-
-    def tried(reach):
-        proposal = kfqn.Proposal({}, {}, {"w": jnp.ones(1)}, jnp.ones([]), jnp.ones([]), None)
-        step, state = rule.propose(rule.init({})._replace(reach=jnp.float32(reach)), proposal)
-        assert step["w"] == state.cap
-        return state.cap
-
-    assert tried(0.1) == pytest.approx(0.1 * GROWTH)
-    assert tried(0.9) == 1
-
-
-def test_the_limit_follows_what_the_steps_did_to_new_batches():
-    """Halved where ten losses are above the ten before, doubled where they are not, at most 1."""
-    state = kfqn.measured().init({})
-    limits = []
-    for loss in (1.0, 2.0, 3.0, 3.0, 2.0, 1.0, *np.arange(2, 30)):
-        for _ in range(WINDOW):
-            assert len(limits) == 0 or state.limit == limits[-1]
-            state = watched(state, jnp.float32(loss))
-        limits.append(float(state.limit))
-    assert limits[:7] == [1, 0.5, 0.25, 0.5, 1, 1, 0.5]
-    assert limits[-1] == pytest.approx(SHORTEST)
-    _, proposed = kfqn.measured().propose(
-        state._replace(reach=jnp.float32(1)),
-        kfqn.Proposal({}, {}, {"w": jnp.ones(1)}, jnp.ones([]), jnp.ones([]), None),
-    )
-    assert proposed.cap == state.limit
+    assert 0 < reach < 0.1
 
 
 # In training
@@ -128,6 +96,37 @@ def train(tx, change=lambda loss: loss, steps=40):
 
     (params, opt_state), (losses, caps) = run(variables["params"])
     return losses, caps, params, opt_state
+
+
+def test_the_next_probe_is_a_little_longer_than_the_step_made_up_to_the_learning_rate():
+    """Where the loss falls along each step, steps lengthen to the whole direction."""
+    _, caps, _, _ = train(kfqn.kbfgs(0.01, layers))
+    assert caps[0] < 0.1
+    assert (np.diff(caps) >= 0).all()
+    assert (np.asarray(caps[1:]) <= 1.5 * np.asarray(caps[:-1])).all()
+    assert caps[-1] == 1
+
+
+@pytest.mark.parametrize(("rise", "shorter"), [(0.0, False), (1.0, True)])
+def test_less_is_probed_where_new_batches_have_larger_losses(rise, shorter):
+    """Whatever a step does for its own batch: their losses are one function, the higher the later."""
+    tx = kfqn.kbfgs(0.01, layers)
+    loss_fn = lambda params, height: jnp.mean((model.apply({"params": params}, x) - target) ** 2) + height
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
+
+    @quick_jit
+    def step(params, state, height):
+        _, grads, curvature = value_and_grad(params, height)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state
+
+    params, state = variables["params"], tx.init(variables["params"])
+    for k in range(45):
+        params, state = step(params, state, rise * k)
+    assert (kfqn.diagnostics(state)["rule"]["cap"] < 0.2) == shorter
+    for _ in range(90):  # and all of it again where they are not
+        params, state = step(params, state, rise * 45)
+    assert kfqn.diagnostics(state)["rule"]["cap"] == 1
 
 
 @every_method

@@ -285,25 +285,44 @@ def test_the_damping_falls_no_further_than_the_given_one_where_batches_are_noise
     assert state[0].rule.scale == pytest.approx(least, rel=0.2)
 
 
-def damping_late_in_training(params, train_step, state, *batch):
-    """Of a step with far less than a fiftieth of the early loss; in units of that over |params|^2."""
-    params, state, _ = train_step(params, state, *batch)
-    rule = state[0].rule._replace(count=jnp.int32(20), early=1e6 * state[0].rule.level)
-    _, after, _ = train_step(params, (state[0]._replace(rule=rule), *state[1:]), *batch)
-    return (
-        kfqn.diagnostics(after)["damping"] * optax.tree.norm(params, squared=True) / rule.scale / rule.early
-    )
+@pytest.mark.parametrize(("mark", "kept"), [("categorical", True), (None, False)])
+def test_the_damping_keeps_a_part_of_the_early_loss_where_all_marks_are_of_classes(mark, kept):
+    """Of a loss that falls to a thousandth, by its damping in units of 1 / |params|^2."""
+    model, (x, _) = nn.Dense(3), batch(0)
+    labels = x[:, :3].argmax(1)
+    params = quick_jit(model.init)(jax.random.key(1), x)["params"]
+    layers = kfqn.find_layers(model, {"params": params}, x)
 
+    def loss_fn(params):
+        z = kfqn.outputs(model.apply({"params": params}, x), mark)
+        return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
-def test_the_damping_keeps_a_fiftieth_of_the_early_loss_where_all_marks_are_of_classes():
-    training = Training()
-    classes = damping_late_in_training(training.params, training.train_step, training.state, *batch(0))
-    assert classes == pytest.approx(0.02, rel=1e-5)
-    start, layers, loss_fn = regression()
     tx = kfqn.kfac(1.0, layers)
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers)
-    numbers = damping_late_in_training(start, stepper(value_and_grad, tx), tx.init(start))
-    assert numbers < 1e-5
+    step = stepper(kfqn.value_and_grad(loss_fn, layers), tx)
+    state, losses, levels = tx.init(params), [], []
+    for _ in range(120):
+        size, scale = optax.tree.norm(params, squared=True), state[0].rule.scale
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+        levels.append(float(kfqn.diagnostics(state)["damping"] * size / scale))
+    assert losses[-1] < 1e-3 * losses[0]
+    assert (levels[-1] > 1e-3 * losses[0]) == kept
+
+
+@pytest.mark.parametrize(("settings", "scales"), [({"ceiling": 30.0}, [30.0]), ({"rate": 1.0}, [1.0])])
+def test_the_damping_stays_within_its_bounds_where_every_step_fails(settings, scales):
+    start, layers, loss_fn = regression()
+
+    def walled(params):
+        moved = (params["layers_0"]["bias"] != start["layers_0"]["bias"]).any()
+        return loss_fn(params) + 100.0 * moved
+
+    tx = kfqn.kfac(1.0, layers, step_rule=kfqn.quadratic(**settings))
+    step = stepper(kfqn.value_and_grad(walled, layers), tx)
+    state = tx.init(start)
+    for _ in range(6):
+        _, state, _ = step(start, state)
+    np.testing.assert_allclose([state[0].rule.scale], scales, rtol=1e-6)
 
 
 def test_no_step_is_longer_than_twice_those_before():
