@@ -64,21 +64,30 @@ def test_a_warm_start_can_be_donated():
 
 @pytest.mark.parametrize("method", [kfqn.kbfgs, kfqn.kfac])
 def test_an_nnx_model_and_its_optimizer_can_be_donated(method):
-    net = nnx.Sequential(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(5, 2, rngs=nnx.Rngs(1)))
+    """And take the steps that they take without."""
 
-    def loss(net, x, labels):
-        logits = kfqn.outputs(net(x), "categorical")
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    def train(donate):
+        rngs = [nnx.Rngs(0), nnx.Rngs(1)]
+        net = nnx.Sequential(nnx.Linear(4, 5, rngs=rngs[0]), nnx.tanh, nnx.Linear(5, 2, rngs=rngs[1]))
 
-    layers = kfqn.find_layers(net, x)
-    value_and_grad = kfqn.value_and_grad(loss, layers)
-    optimizer = nnx.Optimizer(net, method(0.1, layers), wrt=nnx.Param)
+        def loss(net, x, labels):
+            logits = kfqn.outputs(net(x), "categorical")
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @nnx.jit(donate_argnums=(0, 1))
-    def step(net, optimizer):
-        value, grads, curvature = value_and_grad(net, x, labels)
-        optimizer.update(net, grads, curvature=curvature)
-        return value
+        value_and_grad = kfqn.value_and_grad(loss, layers := kfqn.find_layers(net, x))
+        optimizer = nnx.Optimizer(net, method(0.1, layers), wrt=nnx.Param)
 
-    losses = [float(step(net, optimizer)) for _ in range(4)]
+        @nnx.jit(donate_argnums=(0, 1) if donate else ())
+        def step(net, optimizer):
+            value, grads, curvature = value_and_grad(net, x, labels)
+            optimizer.update(net, grads, curvature=curvature)
+            return value
+
+        losses = [float(step(net, optimizer)) for _ in range(4)]
+        return losses, jax.tree.leaves(nnx.state(net))
+
+    (losses, kept), (donated, given) = train(False), train(True)
+    np.testing.assert_allclose(donated, losses, rtol=1e-6)
+    for one, other in zip(kept, given, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
     assert losses[-1] < losses[0]

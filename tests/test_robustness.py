@@ -62,6 +62,7 @@ class Training:
     """A few good steps, and then what a test does to it."""
 
     def __init__(self, method, good=3, loss=squares, **settings):
+        self.run = method, loss, tuple(settings.items())
         self.train_step, self.state = compiled(method, loss, **settings)
         self.params = parameters()
         for k in range(good):
@@ -90,7 +91,19 @@ class Training:
         for ours, old in zip(factors(self.ours), factors(before), strict=True):
             assert different(ours, old)
         assert self.ours.rejected == before.rejected
-        assert losses[-1] < losses[0]
+        undisturbed = fall_of_undisturbed(self.run)
+        assert losses[0] - losses[-1] > 0.3 * undisturbed, (losses, undisturbed)
+
+
+@functools.cache
+def fall_of_undisturbed(run):
+    """By how much the loss falls in ten steps where nothing goes wrong."""
+    method, loss, settings = run
+    training, losses = Training(method, loss=loss, **dict(settings)), []
+    for _ in range(10):
+        training.step(*batch(100))
+        losses.append(training.loss)
+    return losses[0] - losses[-1]
 
 
 def batch(k):

@@ -74,8 +74,9 @@ def fisher(moment_of: Callable[[Statistics], Any], decay: float, inverse_every: 
         return average(state, statistics)
 
     def starting(state):
-        """Also before any usable batch: of S = 0 that is the damping alone."""
-        return (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
+        """Also where no batch was usable yet: the inverse of S = 0 is that of the damping alone."""
+        due = (state.count <= EVERY_STEP_AT_FIRST) | (state.count % inverse_every == 0)
+        return due & ((state.count > 0) | (state.pairs.counts[2] > 0))
 
     def matrix(state, damping):
         floor = FLOOR * jnp.trace(state.second_moment)

@@ -1,5 +1,7 @@
 """Some rows of the table of faults; the command has all of them."""
 
+import json
+
 import pytest
 
 from kfqn_optax.bench.__main__ import main
@@ -30,9 +32,12 @@ def test_the_command_prints_every_fault(capsys, monkeypatch, tmp_path):
     status = main(["faults", "--methods", "kfac", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     assert all(fault in output for fault in FAULTS)
-    came_back = f"{len(FAULTS)} of {len(FAULTS)} runs came back" in output
-    assert came_back == (status == 0)
-    assert (tmp_path / "faults.json").exists()
+    rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
+    assert [row["fault"] for row in rows] == list(FAULTS)
+    back = [row["outcome"]["finite"] and row["change"] <= row["allowed"] for row in rows]
+    assert f"{sum(back)} of {len(FAULTS)} runs came back" in output
+    assert output.count("did not come back") == len(FAULTS) - sum(back)
+    assert status == (not all(back))
 
 
 def test_every_method_has_its_default_rule_in_the_table():

@@ -63,7 +63,12 @@ def test_diverged_seed_is_no_part_of_the_median_and_marked(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("losses", [(), (3.0,), (0.0, 0.0), (float("nan"), 1.0)])
 def test_odd_curves_are_drawn(monkeypatch, tmp_path, losses):
-    axes_of(monkeypatch, tmp_path, Series("one", [track(*losses)]))
+    axes = axes_of(monkeypatch, tmp_path, Series("one", [track(*losses)]))
+    low, high = axes.get_ylim()
+    assert np.isfinite([low, high]).all()
+    assert low < high
+    drawn = [line.get_ydata() for line in axes.lines]
+    assert any(np.array_equal(line, losses, equal_nan=True) for line in drawn)
 
 
 def test_labels_have_proper_names():

@@ -40,9 +40,21 @@ def test_the_average_is_plain_at_first_and_the_scale_is_told_before():
         np.testing.assert_allclose(fisher.scale(state, statistics(moment)), np.trace(average) / D)
         state = fisher.observe(state, statistics(moment), 0.1)
         np.testing.assert_allclose(state.second_moment, average, rtol=1e-12)
-    for bad in (statistics(moments(1)[0], rows=0.0), statistics(np.full((D, D), np.nan))):
+    for bad, skipped in (
+        (statistics(moments(1)[0], rows=0.0), 0),
+        (statistics(np.full((D, D), np.nan)), 1),
+    ):
         np.testing.assert_allclose(fisher.scale(state, bad), np.trace(average) / D)
-        jax.tree.map(np.testing.assert_array_equal, fisher.observe(state, bad, 0.1), state)
+        after = fisher.observe(state, bad, 0.1)
+        assert after.pairs.counts[2] == skipped
+        jax.tree.map(np.testing.assert_array_equal, after._replace(pairs=state.pairs), state)
+
+
+def test_a_first_moment_that_is_not_finite_leaves_the_damping_alone():
+    fisher = side()
+    state = fisher.observe(fisher.init(D, jnp.float64), statistics(np.full((D, D), np.nan)), 0.1)
+    assert fisher.starting(state)
+    np.testing.assert_allclose(fisher.matrix(state, 0.1), 0.1 * np.eye(D))
 
 
 def test_inverses_are_due_three_times_at_first_and_then_on_schedule():

@@ -163,7 +163,7 @@ def test_second_derivatives_that_are_not_finite_leave_the_damping_alone(method):
 
 def test_rows_of_which_the_loss_is_not_finite_are_no_evidence():
     """The mean over rows of weight 1 is 0 / 0 of most parts of the batch, and finite of all of it."""
-    weight = jnp.zeros((300, 1)).at[:20].set(1.0)
+    weight = jnp.zeros((300, 1)).at[:2].set(1.0)
 
     def loss_fn(params, x, y, weight):
         z = kfqn.outputs(model.apply({"params": params}, x), "normal")
@@ -174,4 +174,4 @@ def test_rows_of_which_the_loss_is_not_finite_are_no_evidence():
     told = kfqn.diagnostics(state)
     assert told["rejected"] == 0
     assert told["rule"]["undefined"] > 0
-    assert losses[-1] < 0.2 * losses[0]
+    assert np.median(losses[-15:]) < 0.2 * losses[0]
