@@ -357,7 +357,9 @@ def _remembered(
     """Momentum, sides and others as they are kept: those before, if the step is left out."""
     learnt = (() if method.without_momentum else average, sides, rest)
     before = (state.momentum, Sides(state.inputs, state.outputs), state.others)
-    # A condition: selecting element by element would read all factors twice in every step.
+    if method.second_pass:
+        return optax.tree.where(accept, learnt, before)
+    # The sides changed nothing in most steps: a condition reads them once, a selection both in every step.
     return jax.lax.cond(accept, lambda learnt, _: learnt, lambda _, before: before, learnt, before)
 
 

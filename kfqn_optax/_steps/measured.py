@@ -5,13 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfqn_optax._numerics import inner, safe_divide
+from kfqn_optax._numerics import safe_divide
 from kfqn_optax._steps.evidence import SURE, Evidence, rounding, weighed
 from kfqn_optax._steps.rule import StepRule
 
 START, GROWTH, DECLINE, PATIENCE = 0.01, 1.25, 0.1, 0.3
 WINDOW, SHORTER, SHORTEST = 10, 0.5, 1e-4
-AGAINST = 0.5
+ALIKE = 0.5
+AGAINST = GROWTH**-2  # so that the next probe is shorter by as much as it would be longer
 
 
 class MeasuredState(NamedTuple):
@@ -77,9 +78,10 @@ def measured() -> StepRule:
     def review(state, outcome):
         state = watched(state, jnp.asarray(outcome.value, jnp.float32))
         made = share(outcome.value, outcome.value_after, outcome.slope, outcome.mean_slope)
-        change, square = outcome.value_after - outcome.value, inner(outcome.update, outcome.update)
+        change = outcome.value_after - outcome.value
         sure = outcome.slope > SURE * rounding(outcome.value, outcome.value_after)
-        evidence = weighed(state.evidence, change, -outcome.slope, square, outcome.known & sure)
+        alike = outcome.slope > ALIKE * outcome.mean_slope  # or steps are compared on batches that differ
+        evidence = weighed(state.evidence, change, -outcome.slope, state.cap, outcome.known & sure & alike)
         unknown = ~sure & (jnp.abs(change) <= rounding(outcome.value, outcome.value_after))
         unknown &= jnp.isfinite(change)
         ignored = unknown | (evidence.doubt & (change < jnp.abs(outcome.value)))

@@ -253,8 +253,8 @@ def quadratic(
         change = slope + (value_after - forms.value - of_rows)
         error = rounding(forms.value, value_after)
         sure = seen & (jnp.abs(predicted) > SURE * error)
-        square = a**2 * c @ gram @ c
-        evidence = weighed(state.evidence, value_after - forms.value, of_rows, square, sure)
+        in_gradients = safe_divide(a**2 * c @ gram @ c, -of_rows)
+        evidence = weighed(state.evidence, value_after - forms.value, of_rows, in_gradients, sure)
         ignored = ~seen | (evidence.doubt & (change < level))
         rose = ~(jnp.isfinite(change) & (change <= error)) & ~ignored
         share = jnp.where(rose, shortened(-slope, change), 1)
