@@ -154,7 +154,8 @@ def _averages(
         part = believed(state, moment)
         new = averaged(state, state.second_moment, part * moment)
         bad = (statistics.rows > 0) & ~good
-        counts = state.pairs.counts + jnp.stack([jnp.zeros_like(bad), good & (part < 1), bad])
+        seen = jnp.stack([jnp.zeros_like(bad), good & (part < 1), bad])
+        counts = state.pairs.counts + seen.astype(jnp.int32)
         return state._replace(
             second_moment=jnp.where(good, new, state.second_moment),
             count=state.count + good.astype(jnp.int32),

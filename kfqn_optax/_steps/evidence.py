@@ -70,7 +70,7 @@ def weighed(
     longest = jnp.where(agrees, 0, jnp.where(anew, length, evidence.longest))
     before = jnp.where(anew, excess, evidence.excess)
     agreed = jnp.where(agrees, evidence.agreed + 1, 0)
-    shorter = SHORTER * length < longest
+    shorter = (SHORTER * length < longest).astype(jnp.int32)
     missed = jnp.where(agrees | anew, 0, evidence.missed + shorter)
     doubt = (evidence.doubt | (missed >= MISSED)) & (agreed < AGREED)
     new = Evidence(longest.astype(jnp.float32), before.astype(jnp.float32), missed, agreed, doubt)

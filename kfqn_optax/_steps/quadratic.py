@@ -301,7 +301,7 @@ def quadratic(
             ratio=ratio,
             evidence=evidence,
             along=Along(share * slope, share * (slope + a**2 * c @ of_loss @ c), share * predicted),
-            undefined=state.undefined + ~(defined & seen),
+            undefined=state.undefined + (~(defined & seen)).astype(jnp.int32),
         )
 
     def review(state, outcome):
