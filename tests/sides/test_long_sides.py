@@ -172,8 +172,12 @@ def test_sampled_squares_have_the_gauss_newton_diagonal_for_their_mean():
         z = kfqn.outputs(model.apply({"params": params}, x), "categorical")
         return optax.softmax_cross_entropy_with_integer_labels(z, jnp.arange(40) % 5).mean()
 
-    _, _, curvature = kfqn.value_and_grad(loss_fn, layers)(variables["params"])
-    draws = [curvature.factor_statistics(key=key)["."].grad_squares for key in range(150)]
+    @quick_jit
+    def drawn(keys):
+        _, _, curvature = kfqn.value_and_grad(loss_fn, layers)(variables["params"])
+        return jax.vmap(lambda key: curvature.factor_statistics(key=key)["."].grad_squares)(keys)
+
+    draws = drawn(jax.random.split(jax.random.key(0), 150))
     p = np.asarray(jax.nn.softmax(model.apply(variables, x)), np.float64)
     # The mean of 6,000 labels: within 4 standard errors, each below 0.5 of the number itself a label.
     np.testing.assert_allclose(np.mean(draws, 0), (p * (1 - p)).mean(0), rtol=4 / np.sqrt(150 * 40))
@@ -189,8 +193,9 @@ def of_squares(squares, rows=3.0):
     return Statistics(**(absent | {"rows": jnp.asarray(rows), "grad_squares": jnp.asarray(squares)}))
 
 
-def test_the_factor_is_the_inverse_of_the_average_plus_the_damping(rng):
+def test_the_factor_is_the_inverse_of_the_average_plus_the_damping():
     side, average = fisher_diagonal(lambda given: given.grad_squares, DECAY), None
+    rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         state = side.init(D, jnp.float64)
         for k in range(1, 7):
