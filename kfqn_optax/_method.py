@@ -61,7 +61,7 @@ class Method(NamedTuple):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether a batch far from what is usual could do more than its share, and is to be left out."""
+        """Whether outliers are left out: batches whose pairs, or whose part of an average, would stay."""
         if not self.rule.guarded:
             return False
         return self.second_pass or not self.no_momentum_given or not self.rule.wary

@@ -136,7 +136,7 @@ class Batch:
         return psi
 
     def _part(self, rows: int | None, of_model: bool) -> Call:
-        """The call with some of the examples; with all if that is not fewer, or there is no telling."""
+        """The call with some of the examples; with all if there are not more, or nothing counts them."""
         examples = self.examples
         if examples is None or rows is None or rows >= examples:
             return self.call

@@ -19,7 +19,7 @@ class Program(NamedTuple):
     Attributes:
       marks: the marks that it called, in their order.
       looped: whether it runs something more than once.
-      reverse_only: whether it has a ``jax.custom_vjp`` on the way from the parameters, so that there is no
+      reverse_only: whether it has a ``jax.custom_vjp`` on the way from the parameters, which does not allow
         forward mode.
       idle: the marks of which none of the same shape and distribution reaches the loss. A model with a
         mark inside may be called again for a metric or a target.

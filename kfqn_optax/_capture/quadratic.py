@@ -1,6 +1,6 @@
 """A loss along a few directions: its value, first and second derivatives there.
 
-In forward mode, which is exact and cheap, or by differences of gradients where there is no forward mode.
+In forward mode, which is exact and cheap, or by differences of gradients where the loss does not allow it.
 """
 
 from collections.abc import Callable, Sequence
