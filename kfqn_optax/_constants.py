@@ -23,6 +23,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "learning_rate": (lambda x: 0 <= x < inf, "at least 0 and finite"),
+    "enough": (_whole, "a whole number of at least 1"),
     "every": (_whole, "a whole number of at least 1"),
     "floor": (lambda x: 0 < x < inf, "positive and finite"),
     "ceiling": (lambda x: x > 0, "positive"),
@@ -51,7 +52,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 _MAY_BE_NONE = ("max_dim", "others_decay", "patience", "rows", "statistics_rows", "step_rule")
 _SCHEDULED = ("damping", "learning_rate", "probe_step")
-_STATIC = ("directions", "groups", "max_dim", "memory", "rows", "statistics_rows")
+_STATIC = ("directions", "enough", "groups", "max_dim", "memory", "rows", "statistics_rows")
 
 
 def check_constants(*, call: str = "kfqn", **constants: Any) -> None:

@@ -104,3 +104,21 @@ def one_by_one(
         return jax.lax.platform_dependent(*args, cpu=in_sequence, default=function)
 
     return dispatched
+
+
+def settled(scalars: Any, count: jax.Array) -> Any:
+    """The same scalars, computed once.
+
+    XLA copies the whole computation of a scalar into each fusion that reads it, and the scalars of a step
+    are read by every parameter and factor: half the instructions of a compiled step were such copies. Its
+    barrier is gone before fusion on a CPU, where a condition that is never true stands instead.
+
+    Args:
+      scalars: a tree of them.
+      count: a number that is never negative, which XLA does not know. ().
+    """
+
+    def on_cpu(scalars):
+        return jax.lax.cond(count < 0, lambda x: jax.tree.map(jnp.zeros_like, x), lambda x: x, scalars)
+
+    return jax.lax.platform_dependent(scalars, cpu=on_cpu, default=jax.lax.optimization_barrier)

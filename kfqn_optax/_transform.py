@@ -28,7 +28,7 @@ from kfqn_optax._divided import check_mesh, divided, gathered, whole
 from kfqn_optax._learning import Sides, learn
 from kfqn_optax._meshes import in_any_mesh
 from kfqn_optax._method import Method
-from kfqn_optax._numerics import all_finite, ema, inner, wide_dtype
+from kfqn_optax._numerics import all_finite, ema, inner, settled, wide_dtype
 from kfqn_optax._objective import objective
 from kfqn_optax._over_layers import copied, each
 from kfqn_optax._sides import others
@@ -194,6 +194,7 @@ def scale_by_kfqn(
         accept = outcome.sane & (share > 0)
         # A rule that refuses a step may learn from that; one that is overruled saw a step that is not made.
         reviewed = sane & (outcome.sane | ~(share > 0))
+        share, accept, reviewed, rule_state = settled((share, accept, reviewed, rule_state), state.count)
         momentum, sides, rest = _remembered(method, state, average, sides, rest, accept)
         state = ScaleByKfqnState(
             count=jnp.asarray(optax.safe_increment(state.count)),

@@ -166,6 +166,13 @@ class Curvature:
         shapes = [mark.shape for mark in self._batch.program.marks]
         return sum(math.prod(shape[shape[:1] == (self.examples,) :]) for shape in shapes)
 
+    def count_examples(self) -> int | jax.Array:
+        """How many examples the batch has on all devices; the most rows of a layer if nothing tells."""
+        if self.examples is not None:
+            return self.examples * self.devices
+        rows = [statistics.rows.max() for statistics in self.statistics.values()]
+        return jnp.stack(rows).max() if rows else jnp.zeros([])
+
     @property
     def distributions(self) -> tuple[str | None, ...]:
         """What the marks of the loss name."""

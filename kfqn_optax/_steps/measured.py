@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfqn_optax._constants import check_constants
 from kfqn_optax._numerics import safe_divide
 from kfqn_optax._steps.evidence import SURE, Evidence, rounding, weighed
 from kfqn_optax._steps.rule import StepRule
@@ -37,7 +38,7 @@ class MeasuredState(NamedTuple):
     evidence: Evidence
 
 
-def measured() -> StepRule:
+def measured(*, enough: int = 8) -> StepRule:
     """Steps end about where the loss of their batch is least along them, as the second pass measured it.
 
     With d = nu D, the loss of the batch along the step is taken for the parabola
@@ -56,12 +57,25 @@ def measured() -> StepRule:
     most that is probed is halved then, and doubled where they have a smaller one, up to the learning rate.
     Nothing here has a unit: a constant added to the loss changes no step. The damping stays as it is given.
 
+    A step to the minimum of few examples is one to where the others have a larger loss. Of n examples, less
+    than ``enough``, n / enough of the learning rate is probed at most.
+
+    Args:
+      enough: from how many examples in a batch on the whole learning rate is probed; 1 for a loss that has
+        no more examples than one batch of it. They are counted by the ``batch_argnums`` of
+        ``value_and_grad``, without it by the most rows of a layer.
+
+    Raises:
+      ValueError: for a number that is not whole and positive.
+
     Example:
       >>> import kfqn_optax as kfqn
       >>> rule = kfqn.measured()
       >>> rule.init({}).reach
       Array(0.01, dtype=float32)
     """
+
+    check_constants(call="kfqn.measured", enough=enough)
 
     def init(params):
         del params
@@ -71,7 +85,8 @@ def measured() -> StepRule:
         return MeasuredState(one, START * one, one, none, zero, most, Evidence.start())
 
     def propose(state, proposal):
-        nu = jnp.minimum(state.limit, GROWTH * state.reach)
+        of_examples = jnp.clip(proposal.curvature.count_examples() / enough, 1 / enough, 1)
+        nu = jnp.minimum(jnp.minimum(state.limit, of_examples), GROWTH * state.reach)
         step = jax.tree.map(lambda d: (nu * d).astype(d.dtype), proposal.direction)
         return step, state._replace(cap=nu)
 

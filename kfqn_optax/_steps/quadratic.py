@@ -1,6 +1,5 @@
 """The step of a quadratic model of the loss in two directions, and a damping that follows its success."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from optax import Params as ArrayTree
 
 from kfqn_optax._capture.curvature import Curvature
 from kfqn_optax._constants import check_constants
-from kfqn_optax._numerics import OUTLIER, all_finite, ema, inner, safe_divide, wide_dtype
+from kfqn_optax._numerics import OUTLIER, all_finite, ema, inner, safe_divide, settled, wide_dtype
 from kfqn_optax._steps.evidence import SURE, Evidence, rounding, weighed
 from kfqn_optax._steps.gain import Losses, watched
 from kfqn_optax._steps.noise import Noise, followed, followed_by_slopes
@@ -240,7 +239,7 @@ def quadratic(
         value, level = usual(state, curvature), level_of(state, curvature)
         plateau = promised < PLATEAU * jnp.minimum(jnp.abs(value), level)
         plateau &= ~state.evidence.doubt
-        c = state.gain * c
+        c = settled(state.gain * c, state.count)
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
         update = jax.tree.map(lambda x: (-a * x).astype(x.dtype), step)
@@ -257,7 +256,7 @@ def quadratic(
         evidence = weighed(state.evidence, value_after - forms.value, of_rows, in_gradients, sure)
         ignored = ~seen | (evidence.doubt & (change < level))
         rose = ~(jnp.isfinite(change) & (change <= error)) & ~ignored
-        share = jnp.where(rose, shortened(-slope, change), 1)
+        share = settled(jnp.where(rose, shortened(-slope, change), 1), state.count)
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)
 
         ratio = jnp.where(rose, -1, safe_divide(change, predicted))
@@ -274,6 +273,7 @@ def quadratic(
         )
         noise = optax.tree.where(begins, Noise.start(state.noise.won.dtype), noise)
         noisy = jnp.maximum(2 * noise.part - 1, 0)
+        few = curvature.count_examples() < FEW  # they may have no curvature along others' gradients
         losses, gain = state.losses, state.gain
         if patience is not None:
             losses, gain = watched(losses, gain, value, patience)
@@ -293,7 +293,7 @@ def quadratic(
             gain=gain,
             losses=losses,
             noise=noise,
-            momentum=jnp.where(_few(curvature), 0, momentum * noisy),
+            momentum=jnp.where(few, 0, momentum * noisy),
             alpha=-c[0],
             mu=c[1],
             length=jnp.where(told, lengths(state.length, length), state.length),
@@ -360,17 +360,6 @@ def _enough(curvature: Curvature) -> int | None:
         return None
     rows = max(LEAST, -(-OUTPUTS // curvature.outputs))
     return min(rows, ALIKE) if set(curvature.distributions) == {"normal"} else rows
-
-
-def _few(curvature: Curvature) -> jax.Array | bool:
-    """Whether the batch has so few examples that they may have no curvature along others' gradients.
-
-    Where ``batch_argnums`` does not tell how many there are, by the rows of its layers.
-    """
-    if curvature.examples is not None:
-        return curvature.examples * curvature.devices < FEW
-    rows = (statistics.rows.max() for statistics in curvature.statistics.values())
-    return functools.reduce(jnp.maximum, rows, jnp.zeros([])) < FEW
 
 
 def is_quadratic(rule: object) -> bool:
