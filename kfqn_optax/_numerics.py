@@ -111,8 +111,8 @@ def settled(scalars: Any, count: jax.Array) -> Any:
 
     XLA copies the whole computation of a scalar into each fusion that reads it, and the scalars of a step
     are read by every parameter and factor: half the instructions of a compiled step were such copies. Its
-    barrier is gone before fusion on a CPU (findings/barrier_before_fusion_on_cpu.sh), where a condition that
-    is never true stands instead.
+    barrier is gone before fusion on a CPU, where a condition that is never true stands instead
+    (findings/barrier_before_fusion_on_cpu.sh).
 
     Args:
       scalars: a tree of them.

@@ -99,7 +99,7 @@ def measured(*, enough: int = 8) -> StepRule:
         evidence = weighed(state.evidence, change, -outcome.slope, state.cap, outcome.known & sure & alike)
         unknown = ~sure & (jnp.abs(change) <= rounding(outcome.value, outcome.value_after))
         unknown &= jnp.isfinite(change)
-        ignored = unknown | (evidence.doubt & (change < jnp.abs(outcome.value)))
+        ignored = unknown | (evidence.doubt & (change <= jnp.abs(outcome.value)))
         made = jnp.where(ignored, jnp.where(outcome.slope < 0, AGAINST, 1), made)
         state = state._replace(evidence=evidence, limit=jnp.where(evidence.doubt, 1, state.limit))
         made = jnp.where(outcome.sane, made, 0)

@@ -106,7 +106,8 @@ def quadratic(
     given, ``level`` the running loss, in which no batch counts for more than ten times as much: it has the
     units of C, so that neither the loss's scale nor the parameters' matters. Where all marks are of classes
     (``"categorical"``, ``"bernoulli"``) it counts for a fiftieth of that after 20 steps at least: C itself
-    falls with such a loss, and what is left of both at the end is of few examples.
+    falls with such a loss, and what is left of both at the end is of few examples. For a loss that is 0,
+    such as one less its own stopped value, |g| / |params| takes the place of level / |params|^2.
 
     ``scale`` starts at 10, so that the first steps, in which the loss falls most and the deep layers know
     least, leave few ReLUs dead. It follows the model's success (Levenberg and Marquardt): the loss is
@@ -131,6 +132,10 @@ def quadratic(
     ``momentum m``: the model, which knows one batch, would take back a momentum of delta that helps all
     the others. Batches of fewer than 32 examples do without the average: of those the model may see no
     curvature along the gradients of others.
+
+    Where a value says nothing of the step, it moves neither damping nor length: a change below the rounding
+    of the loss, or, in three shorter and shorter steps, one that is not what the gradient says (a loss over
+    its own stopped value, a temporal difference). The slopes at both ends of the steps stand for it then.
 
     Made for the factors of :func:`fisher`, which are inverted anew as the damping falls. A factor of secant
     pairs (:func:`secant`, :func:`hessian_action`) keeps what it learnt at larger dampings and cannot
@@ -206,7 +211,12 @@ def quadratic(
         level = level_of(state, curvature)
         if curvature.distributions and CLASSES.issuperset(curvature.distributions):
             level = jnp.maximum(level, LEFT * early_of(state, level))
-        return given * state.scale * safe_divide(level, curvature.squared_norm)
+        of_loss = safe_divide(level, curvature.squared_norm)
+        # A loss less its own stopped value is always 0: the gradient over the parameters has the unit too.
+        grads = curvature.of_own(curvature.grads)
+        size = jnp.sqrt(inner(grads, grads))
+        of_gradient = safe_divide(size, jnp.sqrt(curvature.squared_norm))
+        return given * state.scale * jnp.where(of_loss > 0, of_loss, of_gradient)
 
     def longest_step(state, curvature, last):
         of_params = trust * jnp.sqrt(curvature.squared_norm)
@@ -254,7 +264,7 @@ def quadratic(
         sure = seen & (jnp.abs(predicted) > SURE * error)
         in_gradients = safe_divide(a**2 * c @ gram @ c, -of_rows)
         evidence = weighed(state.evidence, value_after - forms.value, of_rows, in_gradients, sure)
-        ignored = ~seen | (evidence.doubt & (change < level))
+        ignored = ~seen | (evidence.doubt & (change <= level))
         rose = ~(jnp.isfinite(change) & (change <= error)) & ~ignored
         share = settled(jnp.where(rose, shortened(-slope, change), 1), state.count)
         shortly = lambda x: jnp.where(share > 0, share * x, 0).astype(x.dtype)

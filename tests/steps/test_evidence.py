@@ -77,19 +77,26 @@ def squares(params, x, y):
 
 
 @every_method
-def test_a_loss_over_its_own_stopped_value_is_learnt(method):
-    """Its gradient is that of the loss's logarithm, and its value is always 1."""
+@pytest.mark.parametrize(
+    ("of", "constant", "times"),
+    [(lambda x: x / stopped(x), 1, 4), (lambda x: x - stopped(x), 0, 40)],
+    ids=["over", "less"],
+)
+def test_a_loss_with_its_own_stopped_value_is_learnt(method, of, constant, times):
+    """The values are all the same, and the gradient is that of the loss's logarithm, or of the loss.
 
-    def relative(params, x, y):
-        value = squares(params, x, y)
-        return value / stopped(value)
+    That a loss which is always 0 never changes takes longer to find out: 40 times the other's is left.
+    """
+
+    def of_stopped(params, x, y):
+        return of(squares(params, x, y))
 
     args = [(x, y)] * 100
-    params, state, losses = train(relative, method(1.0, layers), start, layers, args, (1, 2))
-    assert max(losses) == min(losses) == 1
+    params, state, losses = train(of_stopped, method(1.0, layers), start, layers, args, (1, 2))
+    assert max(losses) == min(losses) == constant
     assert kfqn.diagnostics(state)["rejected"] == 0
     plain, _, _ = train(squares, method(1.0, layers), start, layers, args, (1, 2))
-    assert squares(params, x, y) < 4 * squares(plain, x, y)
+    assert squares(params, x, y) < times * squares(plain, x, y)
 
 
 @pytest.mark.parametrize(("method", "steps"), [(kfqn.kfac, 120), (kfqn.kbfgs, 250)])
