@@ -143,7 +143,7 @@ def test_an_nnx_optimizer_of_the_head_is_that_of_the_smaller_model(of):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(net.body), before)
     ours, expected = jax.tree.leaves(nnx.state(net.head)), jax.tree.leaves(nnx.state(small))
     for one, other in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6)
+        np.testing.assert_allclose(one, other, rtol=1e-5)  # float32, fused otherwise
 
 
 def test_layers_of_which_no_parameter_is_there_are_an_error():
