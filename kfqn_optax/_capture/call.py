@@ -10,9 +10,19 @@ import jax
 import jax.numpy as jnp
 from optax import Params as ArrayTree
 
+from kfqn_optax._capture.dependence import dependence
 from kfqn_optax._capture.layers import Layers
 from kfqn_optax._capture.program import equations
-from kfqn_optax._capture.routes import Found, NeedsSlots, Record, Routes, routing, with_slots
+from kfqn_optax._capture.routes import (
+    Found,
+    NeedsSlots,
+    Record,
+    Routes,
+    routing,
+    whole_pass,
+    with_slots,
+    without_slots,
+)
 
 
 class Call(Protocol):
@@ -110,15 +120,43 @@ class TreeCall:
             routes = functools.partial(Routes, self.layers, params, slots, plain, counts, record)
             try:
                 with routing(routes()):
-                    return plain(with_slots(params) if beside else params)
+                    if not beside:
+                        return plain(params)
+                    returned = plain(with_slots(params))
             except (NeedsSlots, jax.errors.UnexpectedTracerError):
                 # The latter is JAX's where a custom_vjp meets slots that are not among its arguments.
+                asked = False
                 if record is not None:
                     record.clear()
                 with routing(routes(asked=False)):
-                    return plain(with_slots(params))
+                    returned = plain(with_slots(params))
+            else:
+                asked = True
+            if record is not None:
+                self._check_apart(plain, params, slots, asked)
+            return without_slots(returned)
 
         return loss
+
+    def _check_apart(self, plain, params, slots, asked):
+        """Raise if the loss, which is given slots among its parameters, computes more with them than sums.
+
+        Neither its value may depend on them, nor the statistics that they bring: they would if parameters
+        with slots were squared, or combined by another function that is not linear.
+        """
+
+        def loss(slots):
+            with routing(Routes(self.layers, params, slots, plain, asked=asked)):
+                return jax.tree.leaves(plain(with_slots(params)))[0]
+
+        def of_slots(slots):
+            with whole_pass():
+                value, sums = jax.value_and_grad(loss)(slots)
+            rows = sum(jnp.float32(each["rows"]).sum() for each in sums.values())
+            return jnp.float32(value) + rows
+
+        if dependence(jax.make_jaxpr(of_slots)(slots), {}).loss.around:
+            raise ValueError(_COMPUTED)
 
 
 def slots_of(layers: Layers, vectors: Mapping[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
@@ -129,3 +167,13 @@ def slots_of(layers: Layers, vectors: Mapping[str, jax.Array]) -> dict[str, dict
             slot["vector"] = layer.slot_vector(vectors[layer.name].astype(layer.dtype))
         slots[layer.name] = slot
     return slots
+
+
+_COMPUTED = (
+    "kfqn.value_and_grad: loss_fn computes with entries 'kfqn_slot' of zeros, which its parameters have"
+    " beside the kernels since nothing else can tell which layer a call is of: the model is a lifted module"
+    " (nn.vmap) itself, loss_fn scans over stacked parameters, models that are alike share one jax.jit, or"
+    " a jax.custom_vjp calls layers. Put the lifted module inside a module; leave out the jax.jit, since"
+    " the step is jitted; or apply the model to params as they are, and take norms, means and penalties"
+    " from kfqn.without_slots(params)."
+)

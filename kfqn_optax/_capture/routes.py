@@ -445,7 +445,12 @@ def without_slots(params: Any) -> Any:
       {'dense': {'kernel': 1.0}}
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    if not any(jax.tree_util.DictKey(SLOT) in path for path, _ in leaves) or not hasattr(params, "items"):
+    if not any(jax.tree_util.DictKey(SLOT) in path for path, _ in leaves):
+        return params
+    if isinstance(params, (tuple, list)):
+        plain = [without_slots(value) for value in params]
+        return type(params)(*plain) if hasattr(params, "_fields") else type(params)(plain)
+    if not hasattr(params, "items"):
         return params
     plain = {key: without_slots(value) for key, value in params.items() if key != SLOT}
     return plain if isinstance(params, dict) else type(params)(plain)

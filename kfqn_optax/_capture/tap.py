@@ -71,6 +71,29 @@ def _without_taylor_mode_batched(axis_size, in_batched, outputs):
     return _without_taylor_mode(outputs), in_batched[0]
 
 
+@jax.custom_batching.custom_vmap
+def _once_for_each(sums, cotangent):
+    """``sums``, which are those of each copy where ``jax.vmap`` maps the cotangent and not them.
+
+    JAX 0.10.2 counts a cotangent that does not depend on what is mapped once for all copies
+    (findings/custom_vjp_cotangent_under_vmap.sh), such as sums over a batch that copies of weights share.
+    """
+    del cotangent
+    return sums
+
+
+@_once_for_each.def_vmap
+def _once_for_each_batched(axis_size, in_batched, sums, cotangent):
+    mapped, of_cotangent = in_batched
+    sums = {
+        key: jnp.broadcast_to(value, (axis_size, *value.shape))
+        if of_cotangent and not mapped[key]
+        else value
+        for key, value in sums.items()
+    }
+    return _once_for_each(sums, cotangent), {key: one or of_cotangent for key, one in mapped.items()}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tap(axes, call, outputs, kernel, probe, slot, sums):
     del axes, call, kernel, probe, slot, sums
@@ -99,6 +122,7 @@ def _tap_backward(axes, call, residuals, cotangent):
     live, sums, ours = residuals
     slot_grads = sums | in_any_mesh(functools.partial(_sums_of_grads, axes), cotangent, ours)
     slot_grads["vector"] = jnp.zeros_like(ours["vector"])
+    slot_grads = _once_for_each(*jax.lax.stop_gradient((slot_grads, cotangent)))
     slot_grads = {
         key: _as_varying(jnp.where(live, value, jnp.zeros_like(value)), ours["grads"])
         for key, value in slot_grads.items()

@@ -402,6 +402,92 @@ def test_a_gradient_step_of_a_model_that_is_a_stack():
     np.testing.assert_array_equal(statistics["layers_0"].rows, [10, 10])
 
 
+def all_mean_square(params):
+    return jnp.mean(ravel_pytree(params)[0] ** 2)
+
+
+def stacked_twice():
+    split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    model = nn.vmap(nn.Dense, in_axes=None, axis_size=3, **split)(2, param_dtype=float)
+    return model, lambda params: jnp.mean((model.apply({"params": params}, X) - Y[None]) ** 2)
+
+
+def twins_of_one_jit():
+    apply = jax.jit(NET.apply)
+    losses = lambda params: [jnp.mean((apply({"params": p}, X) - Y) ** 2) for p in params.values()]
+    return lambda params: sum(losses(params))
+
+
+STACKS = ["a model that is a stack", "a scan of the loss's own", "twins of one jit"]
+
+
+def with_slots_of_their_own():
+    model, of_stack = stacked_twice()
+    twins = {"a": initial(), "b": jax.tree.map(jnp.sin, initial())}
+    of_twins = kfqn.join_layers({"a": found(), "b": found()})
+    made = [
+        (of_stack, initial(model), found(model)),
+        (by_hand, initial(Deep()), found(Deep())),
+        (twins_of_one_jit(), twins, of_twins),
+    ]
+    return dict(zip(STACKS, made, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["a model that is a stack", "a scan of the loss's own", "twins of one jit"]
+)
+def test_what_a_loss_computes_with_slots_among_its_parameters_is_an_error(name):
+    """A mean over all elements was another one, by 10 to 40 % of the gradient, and squares had no rows."""
+    loss_of, params, layers = with_slots_of_their_own()[name]
+    penalty = 0.3 * all_mean_square(params)
+    wrong = [
+        lambda p: loss_of(p) + 0.3 * all_mean_square(p),
+        lambda p: loss_of(jax.tree.map(jnp.square, p)),
+        lambda p: loss_of(jax.tree.map(jax.nn.softplus, p)),
+    ]
+    for loss in wrong:
+        with pytest.raises(ValueError, match=r"kfqn\.without_slots"):
+            captured(loss, layers, params)
+    right = lambda p: loss_of(p) + 0.3 * all_mean_square(kfqn.without_slots(p))
+    value, grads, statistics = captured(right, layers, params)
+    theirs = quick_jit(jax.value_and_grad(lambda p: loss_of(p) + 0.3 * all_mean_square(p)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-12), (value, grads), theirs)
+    value, _, alone = captured(loss_of, layers, params)
+    np.testing.assert_allclose(theirs[0] - value, penalty)
+    for layer in layers:
+        np.testing.assert_allclose(statistics[layer.name].rows, 10)
+        close(statistics[layer.name], alone[layer.name])
+
+
+def test_auxiliary_data_have_no_slots_where_the_loss_has():
+    loss_of, params, layers = with_slots_of_their_own()["twins of one jit"]
+    loss = lambda p: (loss_of(p), {"average": p, "more": (p["a"], [p["b"]])})
+    _, aux = quick_jit(lambda p: kfqn.value_and_grad(loss, layers, has_aux=True)(p)[0])(params)
+    expected = {"average": params, "more": (params["a"], [params["b"]])}
+    assert jax.tree.structure(aux) == jax.tree.structure(expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_copies_of_weights_that_share_a_batch_count_it_once_each(masked):
+    """Weights drawn many times by ``vmap``: JAX counts what does not depend on the copy once in all."""
+    drawn = jax.random.split(jax.random.key(5), 7)
+    weights = np.arange(10) % 2 if masked else np.ones(10)
+
+    def of_one(params, key, x):
+        noisy = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape, p.dtype), params)
+        with kfqn.weights(jnp.asarray(weights)):
+            return jnp.mean((NET.apply({"params": noisy}, x) - Y) ** 2)
+
+    copies = jnp.broadcast_to(X, (7, *X.shape))
+    shared = lambda params: jax.vmap(lambda key: of_one(params, key, X))(drawn).mean()
+    copied = lambda params: jax.vmap(lambda key, x: of_one(params, key, x))(drawn, copies).mean()
+    *_, ours = captured(shared, found(), initial())
+    *_, wanted = captured(copied, found(), initial())
+    for layer in found():
+        np.testing.assert_allclose(ours[layer.name].rows, 7 * weights.sum())
+        close(ours[layer.name], wanted[layer.name])
+
+
 # --------------------------------------------------------------------------------- what slots cannot follow
 
 
