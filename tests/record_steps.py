@@ -2,7 +2,7 @@
 
     python tests/record_steps.py FOLDER            # records what is not there yet
     python tests/record_steps.py FOLDER --compare  # runs all again; prints what differs, and exits with 1
-    python tests/record_steps.py FOLDER --only mlp # those whose name has this
+    python tests/record_steps.py FOLDER --only mlp  # those whose name has this
 
 Bits are those of one machine and one JAX: record before a change, and compare after each commit of it.
 """
