@@ -51,25 +51,25 @@ def check_training() -> None:
     labels = jnp.argmax(x[:, :3], axis=1)
     variables = model.init(jax.random.key(1), x)
 
-    def loss_fn(params, x):
+    def loss_fn(params, x, labels):
         logits = kfqn.outputs(model.apply({"params": params}, x), "categorical")
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     layers = kfqn.find_layers(model, variables, x)
     assert "layers_2" in str(layers)
-    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=1)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=(1, 2))
     tx = kfqn.kfac(learning_rate=1.0, layers=layers)
 
     @jax.jit
-    def train_step(params, opt_state, x):
-        loss, grads, curvature = value_and_grad(params, x)
+    def train_step(params, opt_state, x, labels):
+        loss, grads, curvature = value_and_grad(params, x, labels)
         updates, opt_state = tx.update(grads, opt_state, params, curvature=curvature)
         return optax.apply_updates(params, updates), opt_state, loss
 
     params, opt_state = variables["params"], tx.init(variables["params"])
     losses = []
     for _ in range(10):
-        params, opt_state, loss = train_step(params, opt_state, x)
+        params, opt_state, loss = train_step(params, opt_state, x, labels)
         losses.append(float(loss))
     assert losses[-1] < 0.5 * losses[0], losses
     assert kfqn.diagnostics(opt_state)["rejected"] == 0
