@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "kbfgs capped": functools.partial(kfqn.kbfgs, step_rule=0.1),
     "kbfgs groups": functools.partial(kfqn.kbfgs, groups=2),
     "kbfgs refresh": functools.partial(kfqn.kbfgs, update_every=3),
-    "kfac refresh": functools.partial(kfqn.kfac, learn_every=3),
+    "kfqn refresh": functools.partial(kfqn.kfqn, update_every=3),
 }
 MAIN = ("kbfgs", "kfac")
 
@@ -129,7 +129,9 @@ def linen(name, method, dtype):
     if dtype == np.float64:
         params = jax.tree.map(jnp.float64, params)
     layers = kfqn.find_layers(model, {"params": params}, x[0][:2])
-    value_and_grad = kfqn.value_and_grad(functools.partial(loss_of, model), layers, batch_argnums=(1, 2))
+    groups = {"groups": 2} if method == "kbfgs groups" else {}
+    loss_fn = functools.partial(loss_of, model)
+    value_and_grad = kfqn.value_and_grad(loss_fn, layers, batch_argnums=(1, 2), **groups)
     tx = METHODS[method](1.0, layers)
     if name == "masked":
         labels = {key: "ours" if key != "Dense_1" else "adam" for key in params}
