@@ -61,6 +61,18 @@ def kbfgs(rate: float) -> Method:
     return lambda layers: kfqn.kbfgs(rate, layers)
 
 
+def common(surrogate: Any, with_fisher: Any, layers: kfqn.Layers) -> list[tuple[str, Any, Any, Method]]:
+    """What is tried on the policy and on the wave function: title, loss, layers (None for Adam), method."""
+    return [
+        ("Adam 0.01", surrogate, None, adam(0.01)),
+        ("kbfgs 0.1", surrogate, layers, kbfgs(0.1)),
+        ("kfac 1.0, surrogate alone, no mark", surrogate, layers, kfac()),
+        ("kfac 1.0, Fisher term", with_fisher, layers, kfac()),
+        ("kfac 0.3, step_rule=0.001", with_fisher, layers, kfac(0.3, damping=0.01, step_rule=0.001)),
+        ("kfac 0.3, step_rule=0.01", with_fisher, layers, kfac(0.3, damping=0.01, step_rule=0.01)),
+    ]
+
+
 def policy() -> None:
     """512 contexts of 8 numbers, 5 arms: the regret of the policy, of its expected reward."""
     contexts = jax.random.normal(jax.random.key(0), (512, 8))
@@ -89,16 +101,8 @@ def policy() -> None:
         return float((rewards.max(1) - (chosen * rewards).sum(1)).mean())
 
     print(f"policy, regret at the start: {regret(params):.2f}", flush=True)
-    tries: list[tuple[str, Any, Any, Method]] = [
-        ("Adam 0.003", surrogate, None, adam(0.003)),
-        ("Adam 0.01", surrogate, None, adam(0.01)),
-        ("kbfgs 0.1", surrogate, layers, kbfgs(0.1)),
-        ("kfac 1.0, surrogate alone, no mark", surrogate, layers, kfac()),
-        ("kfac 1.0, Fisher term", with_fisher, layers, kfac()),
-        ("kfac 0.3, step_rule=0.001", with_fisher, layers, kfac(0.3, damping=0.01, step_rule=0.001)),
-        ("kfac 0.3, step_rule=0.01", with_fisher, layers, kfac(0.3, damping=0.01, step_rule=0.01)),
-        ("kfac 1.0, step_rule=0.1", with_fisher, layers, kfac(1.0, damping=0.01, step_rule=0.1)),
-    ]
+    tries = [("Adam 0.003", surrogate, None, adam(0.003)), *common(surrogate, with_fisher, layers)]
+    tries += [("kfac 1.0, step_rule=0.1", with_fisher, layers, kfac(1.0, damping=0.01, step_rule=0.1))]
     for title, loss_fn, known, method in tries:
         ends = [trained(loss_fn, known, method, params, batch_of, (), seed, 300)[0] for seed in range(3)]
         print(f"policy | {title} |", ", ".join(f"{regret(end):.2f}" for end in ends), flush=True)
@@ -148,15 +152,7 @@ def wave_function() -> None:
         energies = local_energies(params, moved(params, x, jax.random.key(9), 100))
         return energies.mean(), energies.std()
 
-    tries: list[tuple[str, Any, Any, Method]] = [
-        ("Adam 0.001", surrogate, None, adam(0.001)),
-        ("Adam 0.01", surrogate, None, adam(0.01)),
-        ("kbfgs 0.1", surrogate, layers, kbfgs(0.1)),
-        ("kfac 1.0, surrogate alone, no mark", surrogate, layers, kfac()),
-        ("kfac 1.0, Fisher term", with_fisher, layers, kfac()),
-        ("kfac 0.3, step_rule=0.001", with_fisher, layers, kfac(0.3, damping=0.01, step_rule=0.001)),
-        ("kfac 0.3, step_rule=0.01", with_fisher, layers, kfac(0.3, damping=0.01, step_rule=0.01)),
-    ]
+    tries = [("Adam 0.001", surrogate, None, adam(0.001)), *common(surrogate, with_fisher, layers)]
     for title, loss_fn, known, method in tries:
         ends = [
             energy(*trained(loss_fn, known, method, params, batch_of, walkers, seed, 300))

@@ -106,20 +106,23 @@ def one_by_one(
     return dispatched
 
 
-def settled(scalars: Any, count: jax.Array) -> Any:
-    """The same scalars, computed once.
+def settled(tree: Any, count: jax.Array) -> Any:
+    """The same tree, its scalars computed once.
 
     XLA copies the whole computation of a scalar into each fusion that reads it, and the scalars of a step
     are read by every parameter and factor: half the instructions of a compiled step were such copies. Its
     barrier is gone before fusion on a CPU, where a condition that is never true stands instead
-    (findings/barrier_before_fusion_on_cpu.sh).
+    (findings/barrier_before_fusion_on_cpu.sh). Arrays pass by it, since a condition would copy them.
 
     Args:
-      scalars: a tree of them.
+      tree: of arrays.
       count: a number that is never negative, which XLA does not know. ().
     """
 
     def on_cpu(scalars):
         return jax.lax.cond(count < 0, lambda x: jax.tree.map(jnp.zeros_like, x), lambda x: x, scalars)
 
-    return jax.lax.platform_dependent(scalars, cpu=on_cpu, default=jax.lax.optimization_barrier)
+    leaves, structure = jax.tree.flatten(tree)
+    scalars = {i: leaf for i, leaf in enumerate(leaves) if not jnp.ndim(leaf)}
+    once = jax.lax.platform_dependent(scalars, cpu=on_cpu, default=jax.lax.optimization_barrier)
+    return jax.tree.unflatten(structure, [once.get(i, leaf) for i, leaf in enumerate(leaves)])

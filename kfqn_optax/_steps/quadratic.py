@@ -249,7 +249,7 @@ def quadratic(
         value, level = usual(state, curvature), level_of(state, curvature)
         plateau = promised < PLATEAU * jnp.minimum(jnp.abs(value), level)
         plateau &= ~state.evidence.doubt
-        c = settled(state.gain * c, state.count)
+        c = jnp.stack(settled(list(state.gain * c), state.count))
         step = jax.tree.map(lambda d, last: -(c[0] * d + c[1] * last).astype(d.dtype), *directions)
 
         update = jax.tree.map(lambda x: (-a * x).astype(x.dtype), step)
